@@ -1,0 +1,60 @@
+"""Text that a model writes itself, for calibration without data: A3 needs activations, not labels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from a3q.forward import KeyValueCache, Rope, block, output_logits, rms_norm, to_device
+from a3q.model import Model
+
+
+def pick(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:
+    """Sample one token id a row from logits `[B, vocab]`, the tail beyond probability mass `top_p` left out."""
+    probabilities = F.softmax(logits.double() / temperature, dim=-1)
+    if top_p < 1:
+        ordered, order = probabilities.sort(dim=-1, descending=True)
+        ordered[ordered.cumsum(-1) - ordered > top_p] = 0
+        probabilities = torch.zeros_like(probabilities).scatter_(-1, order, ordered)
+    # An exponential race: the same draw as multinomial, without its limit on the number of categories.
+    race = torch.empty_like(probabilities).exponential_(generator=generator)
+    return (probabilities / race).argmax(-1)
+
+
+@torch.inference_mode()
+def sample(
+    model: Model,
+    prompts: Tensor,
+    length: int,
+    *,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    device: torch.device,
+    on_tokens: Callable[[int], None] = lambda _: None,
+) -> Tensor:
+    """Continue `prompts` `[B, P]` to `[B, length]` token ids (CPU). All layers are held in memory meanwhile."""
+    config = model.config
+    B, P = prompts.shape
+    layers = [to_device(layer, device) for layer in model.layers]
+    caches = [KeyValueCache(config, B, length, device) for _ in layers]
+    final_norm, embed = model.final_norm.to(device), model.embed.to(device)
+    rope = Rope(config.frequencies, length, device)
+    generator = torch.Generator(device).manual_seed(seed)
+    ids = torch.empty(B, length, dtype=torch.int64, device=device)
+    ids[:, :P] = prompts.to(device)
+    start, end = 0, P
+    while True:
+        x = F.embedding(ids[:, start:end], embed)
+        here = rope.window(start, end)
+        for w, cache in zip(layers, caches, strict=True):
+            x = block(config, w, x, here, cache=cache)
+        on_tokens((end - start) * B)
+        if end == length:
+            return ids.cpu()
+        logits = output_logits(model, rms_norm(x[:, -1], final_norm, config.rms_norm_eps), device)
+        ids[:, end] = pick(logits, temperature, top_p, generator)
+        start, end = end, end + 1

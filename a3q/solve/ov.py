@@ -1,0 +1,61 @@
+"""OV: values and the output projection meet in `head_dim` inner dimensions; keep `r` of them.
+
+A3's optimum (arXiv 2505.12942, OV component) through the moment of the attention-averaged values: with
+`S = C_o^{1/2}`, the SVD of `S W_o` gives the subspace, `P = S^{-1} U_r`. With several query heads per value head, `S`
+comes from their mean, the SVD from their weights side by side, and each head's output weight is then refitted to its
+own moment: `Q_h = (PᵀC_hP)^{-1} PᵀC_h`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+RIDGE = 1e-7
+"""Relative floor of eigenvalues and ridge of the refit; a dead head has an all-zero moment."""
+
+
+@dataclass(frozen=True)
+class OVSolution:
+    """`value` `[G, d, r]` (v → v P) and `output` `[H, r, d]` (W_o → Q W_o), float64; `loss` is relative."""
+
+    value: Tensor
+    output: Tensor
+    loss: float
+
+
+def solve_ov(o_moment: Tensor, w_o: Tensor, groups: int, r: int) -> OVSolution:
+    """Projections for `o_moment` `[H, d, d]` and `w_o` `[H, d, hidden]` (head h's slice, inputs first)."""
+    H, d, _ = o_moment.shape
+    C = o_moment.double().view(groups, H // groups, d, d)
+    W = w_o.double().view(groups, H // groups, d, -1)
+    eigenvalues, Q = torch.linalg.eigh(C.mean(1))
+    floor = (eigenvalues[:, -1:] * RIDGE).clamp_min(torch.finfo(torch.float64).tiny)
+    root = eigenvalues.clamp_min(0).maximum(floor).sqrt()[:, None]
+    S, S_inverse = (Q * root) @ Q.mT, (Q / root) @ Q.mT
+
+    # Left singular vectors of the wide [d, heads · hidden] matrix, from its d × d Gram matrix.
+    SW = S[:, None] @ W
+    _, U = torch.linalg.eigh((SW @ SW.mT).sum(1))
+    P = S_inverse @ U[..., -r:].flip(-1)
+
+    PC = P.mT[:, None] @ C
+    gram = PC @ P[:, None]
+    scale = gram.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(torch.finfo(torch.float64).tiny)
+    eye = torch.eye(r, dtype=gram.dtype, device=gram.device)
+    fit = torch.linalg.solve(gram + RIDGE * scale[..., None, None] * eye, PC)
+
+    error = W - P[:, None] @ (fit @ W)
+    lost = (error * (C @ error)).sum()
+    total = (W * (C @ W)).sum().clamp_min(torch.finfo(torch.float64).tiny)
+    P, fit = _balance(P, fit, W)
+    return OVSolution(P, fit.reshape(H, r, d), float(lost / total))
+
+
+def _balance(P: Tensor, fit: Tensor, W: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale the inner dimensions so that the output weights have equal norm in each: block grids round them alike."""
+    norm = (fit @ W).square().sum(-1).mean(1).sqrt()
+    norm = torch.where(norm > 0, norm / norm.mean(-1, keepdim=True), torch.ones_like(norm))
+    return P * norm[:, None, :], fit / norm[:, None, :, None]

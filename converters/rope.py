@@ -1,0 +1,90 @@
+"""Rotary position embedding across formats: the order of a head's rows, and its list of frequencies."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from a3q.errors import InputError
+from a3q.model import ModelConfig
+
+
+def to_interleaved(weight: Tensor, heads: int) -> Tensor:
+    """Rows of a half-split projection (or bias) `[heads * d, ...]` put so that a pair is rows `2p` and `2p + 1`."""
+    half = weight.shape[0] // heads // 2
+    return weight.reshape(heads, 2, half, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
+
+
+def to_half_split(weight: Tensor, heads: int) -> Tensor:
+    """The inverse of `to_interleaved`."""
+    half = weight.shape[0] // heads // 2
+    return weight.reshape(heads, half, 2, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
+
+
+def plain_frequencies(theta: float, head_dim: int) -> tuple[float, ...]:
+    """`theta ** (-2 i / head_dim)`: `head_dim / 2` angles in radians per position."""
+    return tuple(theta ** (-2.0 * i / head_dim) for i in range(head_dim // 2))
+
+
+def frequencies_from_hf(config: Mapping[str, Any], head_dim: int, origin: object) -> tuple[float, tuple[float, ...]]:
+    """`rope_theta` and the scaled frequencies of a config.json.
+
+    Reads both `rope_parameters` (transformers 5) and `rope_theta` beside `rope_scaling`. InputError where the scaling
+    is not a fixed list of frequencies (`dynamic`), scales the scores too (`yarn`, `longrope`) or is not complete.
+    """
+    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(scaling, Mapping):
+        raise InputError(f"{origin}: the RoPE parameters are not an object: {scaling!r}")
+    theta = _positive({"rope_theta": 10000.0, **config, **scaling}, "rope_theta", origin)
+    if scaling.get("partial_rotary_factor", config.get("partial_rotary_factor")) not in (None, 1, 1.0):
+        raise InputError(f"{origin}: partial_rotary_factor is set; a3q needs heads that are rotated whole")
+    plain = plain_frequencies(theta, head_dim)
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    if kind == "default":
+        return theta, plain
+    if kind == "linear":
+        factor = _positive(scaling, "factor", origin)
+        return theta, tuple(omega / factor for omega in plain)
+    if kind == "llama3":
+        return theta, _llama3(plain, {"max_position_embeddings": 0, **config, **scaling}, origin)
+    raise InputError(f"{origin}: RoPE scaling {kind!r} is not supported; a3q knows default, linear and llama3")
+
+
+def _llama3(plain: tuple[float, ...], parameters: Mapping[str, Any], origin: object) -> tuple[float, ...]:
+    """Llama 3.1's scaling: slow pairs are divided by `factor`, fast ones kept, those between blended."""
+    factor = _positive(parameters, "factor", origin)
+    low = _positive(parameters, "low_freq_factor", origin)
+    high = _positive(parameters, "high_freq_factor", origin)
+    context = _positive(
+        {"original_max_position_embeddings": parameters["max_position_embeddings"], **parameters},
+        "original_max_position_embeddings",
+        origin,
+    )
+    if high <= low:
+        raise InputError(f"{origin}: RoPE scaling llama3 needs high_freq_factor above low_freq_factor")
+
+    def scaled(omega: float) -> float:
+        turns = context * omega / (2 * math.pi)
+        keep = min(max((turns - low) / (high - low), 0.0), 1.0)
+        return keep * omega + (1 - keep) * omega / factor
+
+    return tuple(scaled(omega) for omega in plain)
+
+
+def _positive(parameters: Mapping[str, Any], key: str, origin: object) -> float:
+    """A finite number above zero; InputError names the key."""
+    value = parameters.get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+        raise InputError(f"{origin}: RoPE parameter {key} must be a positive number, found {value!r}")
+    return float(value)
+
+
+def factors(config: ModelConfig) -> tuple[float, ...] | None:
+    """Divisors of the plain frequencies for `rope_freqs.weight`; None when the frequencies are the plain ones."""
+    pairs = tuple(zip(config.plain_frequencies(), config.frequencies, strict=True))
+    if all(math.isclose(plain, omega, rel_tol=1e-6, abs_tol=0.0) for plain, omega in pairs):
+        return None
+    return tuple(plain / omega for plain, omega in pairs)
