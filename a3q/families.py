@@ -12,7 +12,7 @@ from typing import Literal
 from a3q.errors import InputError
 from a3q.model import ModelConfig
 
-Dim = Literal["hidden", "vocab", "intermediate", "queries", "keys"]
+Dim = Literal["hidden", "vocab", "intermediate", "queries", "keys", "values", "attended"]
 RopeLayout = Literal["half", "interleaved"]
 
 
@@ -36,6 +36,8 @@ class Role:
             "intermediate": config.intermediate_size,
             "queries": config.num_attention_heads * config.head_dim,
             "keys": config.num_key_value_heads * config.head_dim,
+            "values": config.num_key_value_heads * config.v_head_dim,
+            "attended": config.num_attention_heads * config.v_head_dim,
         }
         return tuple(sizes[dim] for dim in self.shape)
 
@@ -64,11 +66,11 @@ def _decoder_layer(*, qkv_bias_required: bool) -> tuple[Role, ...]:
         Role("attn_norm", "model.layers.{i}.input_layernorm.weight", "blk.{i}.attn_norm.weight", ("hidden",)),
         Role("q", _ATTN + "q_proj.weight", "blk.{i}.attn_q.weight", ("queries", "hidden"), rotary="queries"),
         Role("k", _ATTN + "k_proj.weight", "blk.{i}.attn_k.weight", ("keys", "hidden"), rotary="keys"),
-        Role("v", _ATTN + "v_proj.weight", "blk.{i}.attn_v.weight", ("keys", "hidden")),
-        Role("o", _ATTN + "o_proj.weight", "blk.{i}.attn_output.weight", ("hidden", "queries")),
+        Role("v", _ATTN + "v_proj.weight", "blk.{i}.attn_v.weight", ("values", "hidden")),
+        Role("o", _ATTN + "o_proj.weight", "blk.{i}.attn_output.weight", ("hidden", "attended")),
         Role("q_bias", _ATTN + "q_proj.bias", "blk.{i}.attn_q.bias", ("queries",), qkv_bias_required, "queries"),
         Role("k_bias", _ATTN + "k_proj.bias", "blk.{i}.attn_k.bias", ("keys",), qkv_bias_required, "keys"),
-        Role("v_bias", _ATTN + "v_proj.bias", "blk.{i}.attn_v.bias", ("keys",), qkv_bias_required),
+        Role("v_bias", _ATTN + "v_proj.bias", "blk.{i}.attn_v.bias", ("values",), qkv_bias_required),
         Role("o_bias", _ATTN + "o_proj.bias", "blk.{i}.attn_output.bias", ("hidden",), False),
         Role("mlp_norm", "model.layers.{i}.post_attention_layernorm.weight", "blk.{i}.ffn_norm.weight", ("hidden",)),
         Role("gate", _MLP + "gate_proj.weight", "blk.{i}.ffn_gate.weight", ("intermediate", "hidden")),

@@ -51,9 +51,9 @@ class KeyValueCache:
     """Keys and values of one layer for up to `capacity` positions, for generation."""
 
     def __init__(self, config: ModelConfig, batch: int, capacity: int, device: torch.device) -> None:
-        shape = (batch, config.num_key_value_heads, capacity, config.head_dim)
-        self.keys = torch.empty(shape, device=device)
-        self.values = torch.empty(shape, device=device)
+        heads = config.num_key_value_heads
+        self.keys = torch.empty(batch, heads, capacity, config.head_dim, device=device)
+        self.values = torch.empty(batch, heads, capacity, config.v_head_dim, device=device)
         self.length = 0
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -76,12 +76,12 @@ def attention(
     """Causal self-attention of normed `x`, output projection included."""
     B, T, _ = x.shape
 
-    def heads(name: str, count: int) -> Tensor:
-        return F.linear(x, w[name], w.get(f"{name}_bias")).view(B, T, count, config.head_dim).transpose(1, 2)
+    def heads(name: str, count: int, size: int) -> Tensor:
+        return F.linear(x, w[name], w.get(f"{name}_bias")).view(B, T, count, size).transpose(1, 2)
 
-    q = heads("q", config.num_attention_heads)
-    k = heads("k", config.num_key_value_heads)
-    v = heads("v", config.num_key_value_heads)
+    q = heads("q", config.num_attention_heads, config.head_dim)
+    k = heads("k", config.num_key_value_heads, config.head_dim)
+    v = heads("v", config.num_key_value_heads, config.v_head_dim)
     if observe is not None:
         observe("q", q)
         observe("k", k)

@@ -26,7 +26,9 @@ Layer = dict[str, Tensor]
 class ModelConfig:
     """Dimensions of a decoder-only transformer.
 
-    `frequencies` holds `head_dim / 2` angles in radians per position, with every static RoPE scaling already applied.
+    `head_dim` is the size of a query or key head and `v_head_dim` that of a value head: equal in every file that a3q
+    reads or writes, but either may be reduced alone. `frequencies` holds `head_dim / 2` angles in radians per position,
+    with every static RoPE scaling already applied.
     Attention scores are scaled by `1 / sqrt(head_dim)`.
     """
 
@@ -36,6 +38,7 @@ class ModelConfig:
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
+    v_head_dim: int
     vocab_size: int
     max_position_embeddings: int
     rms_norm_eps: float
@@ -54,7 +57,8 @@ class ModelConfig:
 
     def kv_bytes_per_token(self, bytes_per_element: float = 2.0) -> float:
         """Key and value cache of all layers for one token; float16 elements unless told."""
-        return 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim * bytes_per_element
+        width = self.num_key_value_heads * (self.head_dim + self.v_head_dim)
+        return self.num_hidden_layers * width * bytes_per_element
 
 
 class Tokenizer(Protocol):

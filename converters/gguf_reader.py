@@ -220,6 +220,7 @@ def _config(keys: _Keys, tensors: Mapping[str, ReaderTensor]) -> ModelConfig:
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
+        v_head_dim=head_dim,
         vocab_size=len(tokens.value),
         max_position_embeddings=keys.integer("context_length"),
         rms_norm_eps=keys.number("attention.layer_norm_rms_epsilon"),

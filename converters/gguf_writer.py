@@ -247,7 +247,7 @@ def _metadata(model: Model, plan: QuantPlan, name: str | None, weights: int) -> 
         f"{arch}.attention.head_count": config.num_attention_heads,
         f"{arch}.attention.head_count_kv": config.num_key_value_heads,
         f"{arch}.attention.key_length": config.head_dim,
-        f"{arch}.attention.value_length": config.head_dim,
+        f"{arch}.attention.value_length": config.v_head_dim,
         f"{arch}.rope.dimension_count": config.head_dim,
     }
     # Scaled frequencies are spelled out in rope_freqs.weight, so no scaling key is written.

@@ -220,6 +220,7 @@ def _config(raw: Mapping[str, Any], path: Path) -> ModelConfig:
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
+        v_head_dim=head_dim,
         vocab_size=integer("vocab_size"),
         max_position_embeddings=context,
         rms_norm_eps=float(eps),

@@ -26,7 +26,20 @@ class MLPSolution:
 
 def unit_scores(m_moment: Tensor, w_down: Tensor) -> Tensor:
     """A3's importance of each unit, `[F]`."""
-    return m_moment.diagonal().clamp_min(0).sqrt() * w_down.norm(dim=0)
+    scores: Tensor = m_moment.diagonal().clamp_min(0).sqrt() * w_down.norm(dim=0)
+    return scores
+
+
+def damped_cholesky(gram: Tensor, ridge: Tensor) -> Tensor:
+    """Lower factor of `gram + ridge · I`. Where float32 sums left gram indefinite, the ridge grows until it factors."""
+    eye = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
+    for _ in range(8):
+        factor: Tensor
+        factor, info = torch.linalg.cholesky_ex(gram + ridge * eye)
+        if not info.any():
+            return factor
+        ridge = 10 * ridge
+    raise ValueError("the second moment of the MLP activations is not positive: are there NaN among them?")
 
 
 def solve_mlp(m_moment: Tensor, w_down: Tensor, keep: int) -> MLPSolution:
@@ -35,10 +48,9 @@ def solve_mlp(m_moment: Tensor, w_down: Tensor, keep: int) -> MLPSolution:
     kept = unit_scores(C, W).topk(keep).indices.sort().values
     C_S = C[kept]
     gram = C_S[:, kept]
-    ridge = RIDGE * gram.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
+    ridge = RIDGE * gram.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
     target = C_S @ W.T
-    factor = torch.linalg.cholesky(gram + ridge * torch.eye(keep, dtype=gram.dtype, device=gram.device))
-    down = torch.cholesky_solve(target, factor).T
-    total = (W * (W @ C)).sum().clamp_min(torch.finfo(torch.float64).tiny)
+    down = torch.cholesky_solve(target, damped_cholesky(gram, ridge)).T
+    total = (W * (W @ C)).sum()
     lost = total - 2 * (down * target.T).sum() + (down * (down @ gram)).sum()
-    return MLPSolution(kept, down, float(lost.clamp_min(0) / total))
+    return MLPSolution(kept, down, float(lost.clamp_min(0) / total.clamp_min(torch.finfo(torch.float32).tiny)))

@@ -32,7 +32,7 @@ def solve_ov(o_moment: Tensor, w_o: Tensor, groups: int, r: int) -> OVSolution:
     C = o_moment.double().view(groups, H // groups, d, d)
     W = w_o.double().view(groups, H // groups, d, -1)
     eigenvalues, Q = torch.linalg.eigh(C.mean(1))
-    floor = (eigenvalues[:, -1:] * RIDGE).clamp_min(torch.finfo(torch.float64).tiny)
+    floor = (eigenvalues[:, -1:] * RIDGE).clamp_min(torch.finfo(torch.float32).tiny)
     root = eigenvalues.clamp_min(0).maximum(floor).sqrt()[:, None]
     S, S_inverse = (Q * root) @ Q.mT, (Q / root) @ Q.mT
 
@@ -43,13 +43,13 @@ def solve_ov(o_moment: Tensor, w_o: Tensor, groups: int, r: int) -> OVSolution:
 
     PC = P.mT[:, None] @ C
     gram = PC @ P[:, None]
-    scale = gram.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(torch.finfo(torch.float64).tiny)
+    scale = gram.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(torch.finfo(torch.float32).tiny)
     eye = torch.eye(r, dtype=gram.dtype, device=gram.device)
     fit = torch.linalg.solve(gram + RIDGE * scale[..., None, None] * eye, PC)
 
     error = W - P[:, None] @ (fit @ W)
     lost = (error * (C @ error)).sum()
-    total = (W * (C @ W)).sum().clamp_min(torch.finfo(torch.float64).tiny)
+    total = (W * (C @ W)).sum().clamp_min(torch.finfo(torch.float32).tiny)
     P, fit = _balance(P, fit, W)
     return OVSolution(P, fit.reshape(H, r, d), float(lost / total))
 

@@ -52,9 +52,10 @@ def characteristic(distances: Tensor, frequencies: Tensor) -> Tensor:
 
 
 def _solve(lhs: Tensor, rhs: Tensor) -> Tensor:
-    scale = lhs.diagonal(dim1=-2, dim2=-1).real.mean(-1).clamp_min(torch.finfo(torch.float64).tiny)
+    scale = lhs.diagonal(dim1=-2, dim2=-1).real.mean(-1).clamp_min(torch.finfo(torch.float32).tiny)
     eye = torch.eye(lhs.shape[-1], dtype=lhs.dtype, device=lhs.device)
-    return torch.linalg.solve(lhs + RIDGE * scale[..., None, None] * eye, rhs)
+    solution: Tensor = torch.linalg.solve(lhs + RIDGE * scale[..., None, None] * eye, rhs)
+    return solution
 
 
 def solve_qk(
@@ -101,7 +102,7 @@ def functional_loss(A: Tensor, B: Tensor, C_q: Tensor, C_k: Tensor, phi: Tensor,
     old = (C_q * C_k.mT * phi.mT).sum().real
     new = (ACA * (BCB * phi_new).mT).sum().real
     cross = (AC * (BC * phi_old).conj()).sum().real
-    return float((old - 2 * cross + new) / old.clamp_min(torch.finfo(torch.float64).tiny))
+    return float((old - 2 * cross + new) / old.clamp_min(torch.finfo(torch.float32).tiny))
 
 
 def mix_rows(mix: Tensor, rows: Tensor) -> Tensor:

@@ -97,7 +97,12 @@ def test_round_trip(request: pytest.FixtureRequest, tmp_path: Path, which: str, 
 def test_reduced_model(llama: Model, tmp_path: Path) -> None:
     """Head size below hidden / heads, frequencies chosen freely, a smaller MLP: reads back as it was."""
     config = replace(
-        llama.config, head_dim=8, intermediate_size=64, frequencies=(1.0, 0.31, 0.05, 0.001), num_hidden_layers=2
+        llama.config,
+        head_dim=8,
+        v_head_dim=8,
+        intermediate_size=64,
+        frequencies=(1.0, 0.31, 0.05, 0.001),
+        num_hidden_layers=2,
     )
     roles = [role for role in llama.family.layer if role.name in llama.layers[0]]
     torch.manual_seed(0)

@@ -1,0 +1,3 @@
+from a3q.cli import main
+
+main()
