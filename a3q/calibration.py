@@ -37,7 +37,7 @@ MINIMUM_LENGTH = 128
 """Windows of a short text are made shorter, but not shorter than this."""
 
 CACHE_BYTES = 3 << 29
-"""Key/value cache of the sequences that a model writes side by side."""
+"""Key/value cache of the sequences that a model writes side by side on a CPU; on a GPU a quarter of what is free."""
 
 _WHOLE_FILE = 4 << 20
 """Bytes of a file that is always tokenized whole; a larger one only if it has few bytes for the tokens wanted."""
@@ -99,6 +99,21 @@ def calibration_tokens(
     return Calibration(tokens, held_out, name, description)
 
 
+def mixed(parts: Sequence[Calibration]) -> Calibration:
+    """Several sources as one: windows cut to the shortest length, the held-out ones shared out evenly."""
+    if len(parts) == 1:
+        return parts[0]
+    length = min(part.tokens.shape[1] for part in parts)
+    held_length = min(part.held_out.shape[1] for part in parts)
+    share = max(1, HELD_OUT // len(parts))
+    return Calibration(
+        torch.cat([part.tokens[:, :length] for part in parts]),
+        torch.cat([part.held_out[:share, :held_length] for part in parts]),
+        " + ".join(part.source for part in parts),
+        " and ".join(part.description for part in parts),
+    )
+
+
 def self_text(
     model: Model, count: int, length: int, seed: int, device: torch.device, on_tokens: OnTokens = lambda _: None
 ) -> Tensor:
@@ -111,11 +126,21 @@ def self_text(
     prompts = normal[torch.randint(len(normal), (count, 1), generator=generator)]
     if tokenizer.add_bos and tokenizer.bos_id is not None:
         prompts = torch.cat([torch.full_like(prompts, tokenizer.bos_id), prompts], dim=1)
-    batch = max(1, CACHE_BYTES // int(length * model.config.kv_bytes_per_token(4)))
+    room = torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else CACHE_BYTES
+    batch = max(1, room // int(length * model.config.kv_bytes_per_token(4)))
     parts = [
-        # The drawn tokens must not decide what is drawn next, so sampling has seeds of its own.
-        sample(model, part, length, temperature=1.0, top_p=1.0, seed=seed + 1 + i, device=device, on_tokens=on_tokens)
-        for i, part in enumerate(prompts.split(batch))
+        sample(
+            model,
+            prompts[start : start + batch],
+            length,
+            temperature=1.0,
+            top_p=1.0,
+            # The drawn tokens must not decide what is drawn next, so sampling has seeds of its own.
+            seed=seed + 1 + start,
+            device=device,
+            on_tokens=on_tokens,
+        )
+        for start in range(0, count, batch)
     ]
     return torch.cat(parts)
 

@@ -34,10 +34,11 @@ def convert(
     quant: Annotated[str, typer.Option(help="f16, bf16, 8bit, 4bit or a GGUF type such as q4_1.")] = "4bit",
     output: Annotated[Path | None, typer.Option("--output", "-o", help="GGUF to write.")] = None,
     calib: Annotated[
-        str, typer.Option(help="Calibration text: 'self', a .txt or .jsonl file, or a data set's name.")
-    ] = "self",
+        list[str] | None,
+        typer.Option(help="Calibration text: 'self' (default), a .txt or .jsonl file, or a data set; may be repeated."),
+    ] = None,
     calib_tokens: Annotated[
-        int | None, typer.Option(help="Calibration tokens; default 64 × 1024, on a GPU 128 × 2048.")
+        int | None, typer.Option(help="Calibration tokens; default 40 × 1024, on a GPU 128 × 2048.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the text the model writes itself.")] = 0,
     device: _Device = "auto",
@@ -57,7 +58,7 @@ def convert(
         ratio=ratio,
         quant=quant,
         output=output,
-        calib=calib,
+        calib=calib or ["self"],
         calib_tokens=calib_tokens,
         seed=seed,
         device=device,

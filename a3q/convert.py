@@ -6,7 +6,7 @@ import hashlib
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from gguf.gguf_writer import GGUFValue
 from torch import Tensor
 
 from a3q import __version__, runtime
-from a3q.calibration import Calibration, calibration_tokens
+from a3q.calibration import HELD_OUT, SELF, Calibration, calibration_tokens, mixed
 from a3q.dimensions import Choice, candidates, make_choice
 from a3q.errors import InputError, VerifyError
 from a3q.forward import hidden_states, output_logits
@@ -32,11 +32,11 @@ from converters.open import open_model
 from converters.types import QuantPlan, block_size, resolve_quant
 
 MAX_RATIO = 0.9
-WINDOWS = {"cpu": (64, 1024), "cuda": (128, 2048)}
+WINDOWS = {"cpu": (40, 1024), "cuda": (128, 2048)}
 """Calibration sequences and their length where the user names no number of tokens."""
 CHECK_ONLY = (1, 256)
 """The same where nothing is reduced and the text only serves the check."""
-PROBE_SEQUENCES = 8
+PROBE_SEQUENCES = 4
 """Sequences on which candidate dimensions are tried; few do, since only their order matters."""
 
 
@@ -65,7 +65,7 @@ def convert(
     ratio: float = 0.25,
     quant: str = "4bit",
     output: str | Path | None = None,
-    calib: str = "self",
+    calib: str | Sequence[str] = "self",
     calib_tokens: int | None = None,
     seed: int = 0,
     device: str = "auto",
@@ -78,12 +78,14 @@ def convert(
     """Reduce `model` by `ratio`, write it as GGUF with `quant` types, and check the file in llama.cpp.
 
     `model`: a Hugging Face folder, a GGUF, a hub name, or None for the demo model. `calib`: `self`, a text or jsonl
-    file, or a data set's name. `memory_budget`: bytes that reduced layers may take before they wait on disk, half of
+    file, a data set's name, or several of these, which share the tokens evenly. `memory_budget`: bytes that reduced layers may take before they wait on disk, half of
     the free memory unless told. InputError for what cannot be used, VerifyError for a file that is not as it should be.
     """
     plan = resolve_quant(quant)
     if not 0 <= ratio <= MAX_RATIO:
         raise InputError(f"--ratio {ratio:g} is out of range; give a number from 0 (plain conversion) to {MAX_RATIO}")
+    if not 0 <= seed < 1 << 32:
+        raise InputError(f"--seed {seed}: give a number from 0 to {(1 << 32) - 1}")
     torch_device = pick_device(device)
     if output is not None:
         check_output(Path(output), force)
@@ -102,7 +104,8 @@ def convert(
     calibration: Calibration | None = None
     if ratio > 0 or verify_file:
         windows = _windows(original, torch_device, calib_tokens) if ratio > 0 else CHECK_ONLY
-        calibration = _calibrate(original, calib, windows, seed, torch_device, stages)
+        sources = [calib] if isinstance(calib, str) else list(calib)
+        calibration = _calibrate(original, sources, windows, seed, torch_device, stages)
     reduction = Reduction(original, list(range(original.config.head_dim // 2)), [])
     choice = make_choice(original.family, original.config, Dimensions.of(original.config), ratio)
     tried: tuple[tuple[Choice, float], ...] = ()
@@ -123,7 +126,9 @@ def convert(
         verification = None
         if verify_file and calibration is not None:
             sequences = calibration.held_out
-            with stages("verify in llama.cpp", 2 * original.config.num_hidden_layers + 2 * len(sequences)) as advance:
+            in_memory = 1 if reduction.model is original else 2
+            work = in_memory * original.config.num_hidden_layers + 2 * len(sequences)
+            with stages("verify in llama.cpp", work) as advance:
                 try:
                     verification = verify(unverified, original, reduction.model, plan, sequences, torch_device, advance)
                 except VerifyError as error:
@@ -197,12 +202,17 @@ def _windows(model: Model, device: torch.device, tokens: int | None) -> tuple[in
 
 
 def _calibrate(
-    model: Model, source: str, windows: tuple[int, int], seed: int, device: torch.device, stages: Stages
+    model: Model, sources: Sequence[str], windows: tuple[int, int], seed: int, device: torch.device, stages: Stages
 ) -> Calibration:
-    count, length = windows
-    title = "write calibration text" if source == "self" else "read calibration text"
-    with stages(title, count * length) as advance:
-        return calibration_tokens(model, source, count, length, seed=seed, device=device, on_tokens=advance)
+    total, length = windows
+    parts = []
+    for i, source in enumerate(sources):
+        count = max(1, total * (i + 1) // len(sources) - total * i // len(sources))
+        by_itself = source == SELF
+        title = "write calibration text" if by_itself else "read calibration text"
+        with stages(title, (count + HELD_OUT) * length if by_itself else 1.0) as advance:
+            parts.append(calibration_tokens(model, source, count, length, seed=seed, device=device, on_tokens=advance))
+    return mixed(parts)
 
 
 def _try(

@@ -126,6 +126,8 @@ def pick_device(name: str) -> torch.device:
     """`auto` takes a CUDA device where there is one."""
     from a3q.errors import InputError
 
+    if name not in ("auto", "cpu", "cuda"):
+        raise InputError(f"--device {name}: give auto, cpu or cuda")
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda" and not torch.cuda.is_available():

@@ -66,7 +66,7 @@ def first_scored(n_ctx: int) -> int:
     return n_ctx // 2
 
 
-def chunk_tokens(tokens: Sequence[int], n_ctx: int, bos_id: int | None) -> Tensor:
+def chunk_tokens(tokens: Sequence[int], n_ctx: int, bos_id: int | None, max_chunks: int | None = None) -> Tensor:
     """Cut the tokens of a text, BOS not among them, into llama.cpp's chunks: int64 `[chunks, n_ctx]`.
 
     With a `bos_id` the text starts with it, and it overwrites the first token of every later chunk. What does not fill
@@ -74,6 +74,8 @@ def chunk_tokens(tokens: Sequence[int], n_ctx: int, bos_id: int | None) -> Tenso
     """
     if n_ctx - first_scored(n_ctx) < 2:
         raise InputError(f"a context of {n_ctx} tokens leaves none to score; the smallest is 3")
+    if max_chunks is not None and max_chunks < 1:
+        raise InputError(f"--chunks {max_chunks}: give a positive number of windows")
     stream = [*([] if bos_id is None else [bos_id]), *tokens]
     count = len(stream) // n_ctx
     if count == 0:
@@ -84,7 +86,7 @@ def chunk_tokens(tokens: Sequence[int], n_ctx: int, bos_id: int | None) -> Tenso
     chunks = torch.tensor(stream[: count * n_ctx], dtype=torch.int64).view(count, n_ctx)
     if bos_id is not None:
         chunks[:, 0] = bos_id
-    return chunks
+    return chunks[:max_chunks]
 
 
 def read_text(path: Path) -> str:
@@ -130,7 +132,7 @@ def evaluate(
     """Perplexity of `model` on `text` in a3q's own forward pass; InputError when the text is too short."""
     tokenizer = model.tokenizer
     bos_id = tokenizer.bos_id if tokenizer.add_bos else None
-    chunks = chunk_tokens(tokenizer.encode(text), n_ctx, bos_id)[:max_chunks]
+    chunks = chunk_tokens(tokenizer.encode(text), n_ctx, bos_id, max_chunks)
     sums = LikelihoodSum()
     first = first_scored(n_ctx)
     # Moved once, not for every piece of logits.
@@ -155,7 +157,7 @@ def evaluate_runtime(
 ) -> Perplexity:
     """Perplexity of a GGUF file on `text` in llama.cpp; the runtime's context must hold `n_ctx` tokens."""
     bos_id = runtime.bos_id if runtime.add_bos else None
-    chunks = chunk_tokens(runtime.tokenize(text), n_ctx, bos_id)[:max_chunks]
+    chunks = chunk_tokens(runtime.tokenize(text), n_ctx, bos_id, max_chunks)
     sums = LikelihoodSum()
     first = first_scored(n_ctx)
     for chunk in chunks:
@@ -182,7 +184,8 @@ def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
     log_p, log_q = log_p.double(), log_q.double()
     p = log_p.exp()
     # Rounding can leave the sum a hair below zero, the least that a divergence can be.
-    return torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1).clamp_min(0.0)
+    # Asked as `p == 0`, so that a NaN stays one.
+    return torch.where(p == 0, 0.0, p * (log_p - log_q)).sum(-1).clamp_min(0.0)
 
 
 @dataclass(frozen=True)

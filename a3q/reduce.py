@@ -111,6 +111,7 @@ def reduce(
     """`model` under `dimensions`, calibrated on `tokens` `[B, T]`; layers beyond `memory_budget` bytes wait on disk."""
     config, kept = reduced_config(model.config, dimensions)
     x, length = F.embedding(tokens, model.embed), tokens.shape[1]
+    x = x.to(_home(x.nbytes, device))
     reference = Stream(model.config, x, Rope(model.config.frequencies, length, device), device)
     reduced = Stream(config, x.clone(), Rope(config.frequencies, length, device), device)
     layers: LayerStore[Layer] = LayerStore(memory_budget, lambda layer: layer, lambda tensors: tensors)
@@ -121,6 +122,13 @@ def reduce(
         losses.append(loss)
         on_layer()
     return Reduction(dataclasses.replace(model, config=config, layers=layers), kept, losses)
+
+
+def _home(stream_bytes: int, device: torch.device) -> torch.device:
+    """Where hidden states are kept: on a GPU that has ample room for both streams and what is made of them."""
+    if device.type == "cuda" and 8 * stream_bytes < torch.cuda.mem_get_info(device)[0]:
+        return device
+    return torch.device("cpu")
 
 
 def reduce_layer(w: Layer, reference: Stream, reduced: Stream, kept: list[int]) -> tuple[Layer, LayerLosses]:

@@ -32,33 +32,23 @@ def render(result: ConvertResult) -> RenderableType:
 
 def _models(result: ConvertResult) -> Table:
     check = result.verification
-    table = Table(title="original → reduced → written file", title_justify="left")
-    for heading in ("", "parameters", "bytes", "perplexity", "KL to original", "KV bytes/token (f16)"):
-        table.add_column(heading, justify="left" if not heading else "right")
+    table = _table("original → reduced → written file", "", "parameters", "bytes", "perplexity", "KL", "KV B/token")
 
     def row(name: str, model: Model, size: str, quality: Quality | None) -> None:
         perplexity = f"{quality.perplexity.value:.2f} ± {quality.perplexity.stderr:.2f}" if quality else "not measured"
         kl = "" if quality is None or quality.kl is None else f"{quality.kl:.4f}"
-        table.add_row(
-            name, f"{model.parameters() / 1e6:.1f} M", size, perplexity, kl, f"{model.config.kv_bytes_per_token():,.0f}"
-        )
+        cache = f"{model.config.kv_bytes_per_token():,.0f}"
+        table.add_row(name, f"{model.parameters() / 1e6:.1f} M", size, perplexity, kl, cache)
 
     row("original", result.original, megabytes(result.original.source.file_size), check.original if check else None)
-    row("reduced, in memory", result.reduced, "", check.reduced if check else None)
-    row(
-        f"written, {result.plan.name.upper()}",
-        result.reduced,
-        megabytes(result.written.size),
-        check.written if check else None,
-    )
+    row("reduced", result.reduced, "in memory", check.reduced if check else None)
+    row(result.plan.name.upper(), result.reduced, megabytes(result.written.size), check.written if check else None)
     return table
 
 
 def _components(result: ConvertResult) -> Table:
     choice, before, after = result.choice, result.original.config, result.reduced.config
-    table = Table(title=f"reduction, {choice.asked:.1%} asked", title_justify="left")
-    for heading in ("", "inner size", "parameters gone"):
-        table.add_column(heading, justify="left" if not heading else "right")
+    table = _table(f"reduction, {choice.asked:.1%} of the components asked", "", "from", "to", "gone")
     sizes = {
         "QK": (before.head_dim, after.head_dim),
         "OV": (before.v_head_dim, after.v_head_dim),
@@ -66,11 +56,10 @@ def _components(result: ConvertResult) -> Table:
     }
     for component, gone in choice.per_component.items():
         old, new = sizes[component]
-        table.add_row(component, f"{old} → {new}", f"{gone:.1%}")
-    table.add_row("all components", "", f"{choice.achieved:.1%}")
-    whole = 1 - result.reduced.parameters() / result.original.parameters()
-    shrink = 1 - result.written.size / result.original.source.file_size
-    table.add_row("whole model", "", f"{whole:.1%} ({shrink:.1%} of the bytes)")
+        table.add_row(f"{component}, inner size", str(old), str(new), f"{gone:.1%}")
+    table.add_row("all components", "", "", f"{choice.achieved:.1%}")
+    old_weights, new_weights = result.original.parameters(), result.reduced.parameters()
+    table.add_row("all parameters", f"{old_weights:,}", f"{new_weights:,}", f"{1 - new_weights / old_weights:.1%}")
     lines = [f"calibrated on {result.calibration}"]
     for option, kl in result.tried:
         verdict = "chosen" if option == choice else "not chosen"
@@ -80,10 +69,19 @@ def _components(result: ConvertResult) -> Table:
     return table
 
 
+def _table(title: str, first: str, *numbers: str) -> Table:
+    table = Table(title=title, title_justify="left", caption_justify="left")
+    table.add_column(first)
+    for heading in numbers:
+        table.add_column(heading, justify="right", no_wrap=True)
+    return table
+
+
 def _verified(result: ConvertResult) -> Text:
     assert result.verification is not None
     check = result.verification
     return Text(
         f"llama.cpp loads the file, splits text as the source does, and is {check.kl_to_reduced:.2g} nats from the "
-        f"model in memory; perplexity over {check.scored_tokens} held-out tokens of the calibration source"
+        f"model in memory. Perplexity and KL to the original in nats: {check.scored_tokens} held-out tokens of the "
+        "calibration source; KV cache: bytes per token at f16"
     )
