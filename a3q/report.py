@@ -6,8 +6,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from a3q.convert import ConvertResult
 from a3q.model import Model
+from a3q.pipeline import ConvertResult
 from a3q.verify import Quality
 
 

@@ -78,8 +78,9 @@ def convert(
     """Reduce `model` by `ratio`, write it as GGUF with `quant` types, and check the file in llama.cpp.
 
     `model`: a Hugging Face folder, a GGUF, a hub name, or None for the demo model. `calib`: `self`, a text or jsonl
-    file, a data set's name, or several of these, which share the tokens evenly. `memory_budget`: bytes that reduced layers may take before they wait on disk, half of
-    the free memory unless told. InputError for what cannot be used, VerifyError for a file that is not as it should be.
+    file, a data set's name, or several of these, which share the tokens evenly. `memory_budget`: bytes that reduced
+    layers may take before they wait on disk, half of the free memory unless told. InputError for what cannot be used,
+    VerifyError for a file that is not as it should be.
     """
     plan = resolve_quant(quant)
     if not 0 <= ratio <= MAX_RATIO:
@@ -219,7 +220,8 @@ def _try(
     model: Model, options: list[Choice], calibration: Calibration, device: torch.device, budget: int, stages: Stages
 ) -> tuple[tuple[Choice, float], ...]:
     """Reduce to each candidate on a few sequences and measure the KL to the original on held-out ones."""
-    tokens, sequences = calibration.tokens[:PROBE_SEQUENCES], calibration.held_out
+    stride = max(1, len(calibration.tokens) // PROBE_SEQUENCES)
+    tokens, sequences = calibration.tokens[::stride][:PROBE_SEQUENCES], calibration.held_out
     with stages("choose dimensions", len(options) * model.config.num_hidden_layers) as advance:
         reference = _logits_of(model, sequences, device)
         tried = []

