@@ -141,4 +141,6 @@ def test_head_grid() -> None:
     assert head_grid(CONFIGS["smollm2-135m"], 1) == [64, 56, 48, 40, 32, 24, 16, 8]
     assert head_grid(CONFIGS["smollm2-135m"], 32) == [64, 32]
     assert head_grid(CONFIGS["smollm2-135m"], 256) == [64]
+    # Each key head serves several query heads; rows are as wide as all of the latter.
+    assert head_grid(CONFIGS["tinyllama-1.1b"], 256) == [64, 56, 48, 40, 32, 24, 16, 8]
     assert head_grid(CONFIGS["smallest"], 1) == [8]
