@@ -106,11 +106,12 @@ def mixed(parts: Sequence[Calibration]) -> Calibration:
     length = min(part.tokens.shape[1] for part in parts)
     held_length = min(part.held_out.shape[1] for part in parts)
     share = max(1, HELD_OUT // len(parts))
+    same = all(part.tokens.shape[1] == length for part in parts)
     return Calibration(
         torch.cat([part.tokens[:, :length] for part in parts]),
         torch.cat([part.held_out[:share, :held_length] for part in parts]),
         " + ".join(part.source for part in parts),
-        " and ".join(part.description for part in parts),
+        " and ".join(part.description for part in parts) + ("" if same else f", all cut to {length} tokens"),
     )
 
 

@@ -58,7 +58,8 @@ def candidates(family: Family, config: ModelConfig, ratio: float, block: int) ->
     units = config.intermediate_size
     unit_grid = [units, *(n for n in range(units // step * step, 0, -step) if n < units)]
     grid = head_grid(config, block)
-    uniform_head, uniform_units = config.head_dim * (1 - ratio), units * (1 - ratio)
+    # Rounded, since 1 - ratio is seldom exact: 640 * (1 - 0.9) must be 64.
+    uniform_head, uniform_units = round(config.head_dim * (1 - ratio), 6), round(units * (1 - ratio), 6)
     if uniform_head in grid and uniform_units in unit_grid:
         return [
             make_choice(family, config, Dimensions(int(uniform_head), int(uniform_head), int(uniform_units)), ratio)
@@ -74,6 +75,6 @@ def candidates(family: Family, config: ModelConfig, ratio: float, block: int) ->
         found.append(Dimensions(r, r, min(unit_grid, key=lambda n: abs(n - wanted))))
     choices = [make_choice(family, config, dimensions, ratio) for dimensions in found]
     # A head size with which the MLP cannot make up the difference is no way to the asked ratio.
-    tolerance = max(0.01, before["MLP"] / total * step / units)
+    tolerance = max(0.01, before["MLP"] / total * step / units / 2)
     fitting = [choice for choice in choices if abs(choice.achieved - ratio) <= tolerance]
     return fitting or [min(choices, key=lambda choice: abs(choice.achieved - ratio))]

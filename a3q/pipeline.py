@@ -87,6 +87,8 @@ def convert(
         raise InputError(f"--ratio {ratio:g} is out of range; give a number from 0 (plain conversion) to {MAX_RATIO}")
     if not 0 <= seed < 1 << 32:
         raise InputError(f"--seed {seed}: give a number from 0 to {(1 << 32) - 1}")
+    if calib_tokens is not None and calib_tokens < 1:
+        raise InputError(f"--calib-tokens {calib_tokens}: give a positive number of tokens")
     torch_device = pick_device(device)
     if output is not None:
         check_output(Path(output), force)
@@ -196,8 +198,6 @@ def _windows(model: Model, device: torch.device, tokens: int | None) -> tuple[in
     count, length = WINDOWS[device.type]
     length = min(length, model.config.max_position_embeddings)
     if tokens is not None:
-        if tokens < 1:
-            raise InputError(f"--calib-tokens {tokens}: give a positive number of tokens")
         count = -(-tokens // length)
     return count, length
 
@@ -254,15 +254,16 @@ def _write(
     known = model.metadata.get("general.name")
     source_name = str(known.value) if known is not None else model.source.path.stem
     name = source_name if choice.asked == 0 else f"{source_name} A3Q {choice.asked:.0%}"
-    provenance = {
+    # A reduced model that is only rewritten keeps the record of its reduction, which `model.metadata` carries.
+    provenance: dict[str, object] = {
         "a3q.version": __version__,
-        "a3q.ratio": float(choice.asked),
-        "a3q.ratio_achieved": float(choice.achieved),
         "a3q.quantization": plan.name,
         "a3q.source.name": source_name,
         "a3q.source.files": [file.name for file in model.source.weight_files],
         "a3q.source.sha256": digests,
     }
+    if choice.asked > 0 or "a3q.ratio" not in model.metadata:
+        provenance |= {"a3q.ratio": float(choice.asked), "a3q.ratio_achieved": float(choice.achieved)}
     if choice.asked > 0 and calibration is not None:
         provenance |= {
             "a3q.head_dim": choice.dimensions.head_dim,

@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from a3q import VerifyError, runtime
+from a3q import VerifyError, pipeline, runtime
 from a3q.cli import main
 from a3q.perplexity import evaluate, read_text
 from converters.gguf_writer import write_gguf
@@ -344,7 +344,7 @@ def test_failed_check_is_code_1(a3q: Command, folder: Path, pico: Path, monkeypa
     def fail(*_: object) -> None:
         raise VerifyError("m.gguf: it is [red]wrong[/red]")
 
-    monkeypatch.setattr(sys.modules["a3q.pipeline"], "verify", fail)
+    monkeypatch.setattr(pipeline, "verify", fail)
     monkeypatch.setattr(runtime, "available", lambda: True)
     outcome = a3q("convert", pico, *FAST, "--verify", "--ratio", 0, "-o", "m.gguf")
     refused(outcome, "m.gguf: it is [red]wrong[/red]", code=1)
@@ -355,7 +355,7 @@ def test_interrupt_is_code_130(a3q: Command, folder: Path, pico: Path, monkeypat
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sys.modules["a3q.pipeline"], "reduce", stop)
+    monkeypatch.setattr(pipeline, "reduce", stop)
     outcome = a3q("convert", pico, *FAST, "-o", "m.gguf")
     assert (outcome.code, outcome.out, outcome.messages()) == (130, "", [])
     assert snapshot(folder) == {}
@@ -458,6 +458,12 @@ def test_console_script() -> None:
 
 
 # As a process of its own
+
+
+def test_either_package_may_be_imported_first() -> None:
+    for first in ("import converters.open, a3q", "import a3q.cli, converters.open"):
+        code = f"import sys; {first}; assert 'a3q.pipeline' not in sys.modules; assert callable(a3q.convert)"
+        subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_process_converts(folder: Path, pico: Path) -> None:

@@ -9,7 +9,6 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from a3q import ConvertResult, InputError, VerifyError, __version__, convert, runtime
+from a3q import ConvertResult, InputError, VerifyError, __version__, convert, pipeline, runtime
 from a3q.forward import hidden_states, output_logits
 from a3q.model import Model
 from a3q.pipeline import default_name
@@ -44,8 +43,6 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 CALIB_TOKENS = 1024
 needs_llama_cpp = pytest.mark.skipif(not runtime.available(), reason="llama.cpp is not installed")
-module = import_module("a3q.pipeline")
-"""The module; the package's attribute of that name is the function."""
 
 
 class Recorded:
@@ -77,7 +74,7 @@ class Run:
     """A conversion, what it was made from, and the stages it went through."""
 
     source: Path
-    calib: str
+    calib: str | list[str]
     result: ConvertResult
     stages: Recorded
 
@@ -106,7 +103,7 @@ def run(
     return reduced(sources[kind], tmp_path_factory.mktemp("out") / "m.gguf", "self" if calib == "self" else str(text))
 
 
-def reduced(source: Path, output: Path, calib: str = "self", **options: Any) -> Run:
+def reduced(source: Path, output: Path, calib: str | list[str] = "self", **options: Any) -> Run:
     stages = Recorded()
     given: dict[str, Any] = {"ratio": 0.25, "quant": "f16", "calib_tokens": CALIB_TOKENS, "device": "cpu"}
     result = convert(source, output=output, calib=calib, stages=stages, **(given | options))
@@ -289,12 +286,16 @@ def test_table(run: Run) -> None:
 
 
 def test_provenance_survives_a_second_conversion(sources: dict[str, Path], tmp_path: Path) -> None:
-    """A reduced GGUF as the source: read as any other, and its recipe replaced by the new one where that differs."""
+    """A reduced GGUF as the source: read as any other; the record of its reduction stays, since it is still true."""
     first = reduced(sources["qwen2"], tmp_path / "first.gguf", verify_file=False).result
     second = convert(first.path, ratio=0, quant="q8_0", output=tmp_path / "second.gguf", device="cpu").path
     assert open_gguf(second).config == open_gguf(first.path).config
     assert value(second, "a3q.source.sha256") == [first.written.sha256]
     assert value(second, "a3q.quantization") == "q8_0"
+    for key in ("ratio", "ratio_achieved", "head_dim", "calibration.tokens"):
+        assert value(second, f"a3q.{key}") == value(first.path, f"a3q.{key}") > 0
+    third = convert(second, ratio=0.1, quant="f16", output=tmp_path / "third.gguf", device="cpu", verify_file=False)
+    assert value(third.path, "a3q.ratio") == pytest.approx(0.1)
 
 
 def test_sharded_source_has_a_digest_for_each_file(tmp_path: Path) -> None:
@@ -304,6 +305,18 @@ def test_sharded_source_has_a_digest_for_each_file(tmp_path: Path) -> None:
     path = reduced(folder, tmp_path / "m.gguf", ratio=0, verify_file=False).result.path
     digests = dict(zip(value(path, "a3q.source.files"), value(path, "a3q.source.sha256"), strict=True))
     assert digests == {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def test_sources_share_the_tokens(sources: dict[str, Path], text: Path, tmp_path: Path) -> None:
+    run = reduced(sources["llama"], tmp_path / "m.gguf", ["self", str(text)], verify_file=False)
+    assert run.stages.titles[1:3] == ["write calibration text", "read calibration text"]
+    run.stages.check_totals()
+    assert value(run.result.path, "a3q.calibration.source") == "self + text.txt"
+    assert value(run.result.path, "a3q.calibration.tokens") == CALIB_TOKENS
+    for part in ("2 × 256 tokens that the model wrote itself", "2 × 256 tokens of text.txt"):
+        assert part in table(run.result)
+    alone = reduced(sources["llama"], tmp_path / "alone.gguf", str(text), verify_file=False)
+    assert tensor_bytes(alone.result.path) != tensor_bytes(run.result.path)
 
 
 # The same again
@@ -435,7 +448,7 @@ def test_failures_leave_what_was_there(
     if where == "writer":
         monkeypatch.setattr(gguf.GGUFWriter, "write_tensor_data", fail)
     else:
-        monkeypatch.setattr(module, where, fail)
+        monkeypatch.setattr(pipeline, where, fail)
         monkeypatch.setattr(runtime, "available", lambda: True)
     expected = InputError if isinstance(error, OSError) else type(error)
     with pytest.raises(expected) as caught:
@@ -460,7 +473,7 @@ def test_failed_check_names_the_output(
     def write_other(_model: Model, *args: Any, **options: Any) -> Any:
         return write_gguf(other, *args, **options)
 
-    monkeypatch.setattr(module, "write_gguf", write_other)
+    monkeypatch.setattr(pipeline, "write_gguf", write_other)
     path = tmp_path / "m.gguf"
     with pytest.raises(VerifyError) as caught:
         reduced(sources["llama"], path, ratio=0)
@@ -487,7 +500,7 @@ def test_bad_options_are_refused_before_the_model_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(module, "open_model", lambda *_: pytest.fail("the model was opened"))
+    monkeypatch.setattr(pipeline, "open_model", lambda *_: pytest.fail("the model was opened"))
     with pytest.raises(InputError, match=message):
         convert("model", **options)
     assert not list(tmp_path.iterdir())
