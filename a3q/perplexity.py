@@ -265,3 +265,16 @@ def compare(
         )
         for name, one in running.items()
     }
+
+
+def logits_of(
+    model: Model,
+    sequences: Tensor,
+    device: torch.device,
+    first: int = 0,
+    on_layer: Callable[[], None] | None = None,
+) -> LogitsOf:
+    """Logits from position `first` on of any of `sequences` `[B, T]`; each layer is loaded once for all of them."""
+    hidden = hidden_states(model, sequences, device, on_layer)
+    states = {sequence.numpy().tobytes(): state[first:] for sequence, state in zip(sequences, hidden, strict=True)}
+    return lambda sequence: output_logits(model, states[sequence.numpy().tobytes()], device)

@@ -15,15 +15,13 @@ from typing import Any
 import torch
 from gguf import GGUFValueType
 from gguf.gguf_writer import GGUFValue
-from torch import Tensor
 
 from a3q import __version__, runtime
 from a3q.calibration import HELD_OUT, SELF, Calibration, calibration_tokens, mixed
 from a3q.dimensions import Choice, candidates, make_choice
 from a3q.errors import InputError, VerifyError
-from a3q.forward import hidden_states, output_logits
 from a3q.model import Model, Source, pick_device
-from a3q.perplexity import LogitsOf, compare
+from a3q.perplexity import compare, logits_of
 from a3q.progress import Advance, Stages, silent
 from a3q.reduce import Dimensions, Reduction, reduce
 from a3q.verify import Verification, verify
@@ -223,20 +221,13 @@ def _try(
     stride = max(1, len(calibration.tokens) // PROBE_SEQUENCES)
     tokens, sequences = calibration.tokens[::stride][:PROBE_SEQUENCES], calibration.held_out
     with stages("choose dimensions", len(options) * model.config.num_hidden_layers) as advance:
-        reference = _logits_of(model, sequences, device)
+        reference = logits_of(model, sequences, device)
         tried = []
         for option in options:
             reduced = reduce(model, tokens, option.dimensions, device, budget, _one(advance)).model
-            kl = compare(reference, {"reduced": _logits_of(reduced, sequences, device)}, sequences)["reduced"].mean_kl
+            kl = compare(reference, {"reduced": logits_of(reduced, sequences, device)}, sequences)["reduced"].mean_kl
             tried.append((option, kl))
     return tuple(tried)
-
-
-def _logits_of(model: Model, sequences: Tensor, device: torch.device) -> LogitsOf:
-    """Logits of any of `sequences`; each layer is loaded once for all of them."""
-    hidden = hidden_states(model, sequences, device)
-    states = {sequence.numpy().tobytes(): state for sequence, state in zip(sequences, hidden, strict=True)}
-    return lambda sequence: output_logits(model, states[sequence.numpy().tobytes()], device)
 
 
 def _write(

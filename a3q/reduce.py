@@ -114,7 +114,7 @@ def reduce(
     x = x.to(_home(x.nbytes, device))
     reference = Stream(model.config, x, Rope(model.config.frequencies, length, device), device)
     reduced = Stream(config, x.clone(), Rope(config.frequencies, length, device), device)
-    layers: LayerStore[Layer] = LayerStore(memory_budget, lambda layer: layer, lambda tensors: tensors)
+    layers = LayerStore(memory_budget)
     losses: list[LayerLosses] = []
     for w in model.layers:
         layer, loss = reduce_layer(to_device(w, device), reference, reduced, kept)

@@ -1,55 +1,47 @@
-"""A list of per-layer tensors that keeps what fits a memory budget and puts the rest on disk."""
+"""A list of layers that keeps what fits a memory budget and puts the rest on disk."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Generic, TypeVar, overload
+from typing import overload
 
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
-T = TypeVar("T")
+from a3q.model import Layer
 
 
-class LayerStore(Sequence[T], Generic[T]):
-    """Append-only sequence of items made of tensors; items beyond `memory_budget` bytes live in a temporary folder.
+class LayerStore(Sequence[Layer]):
+    """Append-only sequence; layers beyond `memory_budget` bytes live in a temporary folder that goes with the store."""
 
-    `pack` and `unpack` turn an item into tensors by name and back. The folder goes away with the store.
-    """
-
-    def __init__(
-        self, memory_budget: int, pack: Callable[[T], dict[str, Tensor]], unpack: Callable[[dict[str, Tensor]], T]
-    ) -> None:
-        self._items: list[T | Path] = []
+    def __init__(self, memory_budget: int) -> None:
+        self._layers: list[Layer | Path] = []
         self._left = memory_budget
-        self._pack, self._unpack = pack, unpack
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
-    def append(self, item: T) -> None:
-        """Keep `item`, in memory while the budget lasts."""
-        tensors = self._pack(item)
-        size = sum(tensor.nbytes for tensor in tensors.values())
+    def append(self, layer: Layer) -> None:
+        """Keep `layer`, in memory while the budget lasts."""
+        size = sum(tensor.nbytes for tensor in layer.values())
         if size <= self._left:
             self._left -= size
-            self._items.append(item)
+            self._layers.append(layer)
             return
         if self._folder is None:
             self._folder = tempfile.TemporaryDirectory(prefix="a3q-")
-        path = Path(self._folder.name) / f"{len(self._items)}.safetensors"
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
-        self._items.append(path)
+        path = Path(self._folder.name) / f"{len(self._layers)}.safetensors"
+        save_file({role: tensor.contiguous() for role, tensor in layer.items()}, path)
+        self._layers.append(path)
 
     def __len__(self) -> int:
-        return len(self._items)
+        return len(self._layers)
 
     @overload
-    def __getitem__(self, index: int) -> T: ...
+    def __getitem__(self, index: int) -> Layer: ...
     @overload
-    def __getitem__(self, index: slice) -> Sequence[T]: ...
-    def __getitem__(self, index: int | slice) -> T | Sequence[T]:
+    def __getitem__(self, index: slice) -> Sequence[Layer]: ...
+    def __getitem__(self, index: int | slice) -> Layer | Sequence[Layer]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        item = self._items[index]
-        return self._unpack(load_file(item)) if isinstance(item, Path) else item
+        layer = self._layers[index]
+        return load_file(layer) if isinstance(layer, Path) else layer

@@ -11,9 +11,8 @@ from gguf.constants import GGMLQuantizationType
 from torch import Tensor
 
 from a3q.errors import VerifyError
-from a3q.forward import hidden_states, output_logits
 from a3q.model import Model, Tokenizer
-from a3q.perplexity import LogitsOf, Perplexity, compare
+from a3q.perplexity import LogitsOf, Perplexity, compare, logits_of
 from a3q.runtime import LlamaRuntime
 from a3q.samples import TOKENIZER_SAMPLE
 from converters.types import QuantPlan
@@ -72,8 +71,12 @@ def verify(
     text differently, or, where nothing was quantized, predicts differently.
     """
     first = sequences.shape[1] // 2
-    source = _logits_of(original, sequences, first, device, on_progress)
-    memory = source if reduced is original else _logits_of(reduced, sequences, first, device, on_progress)
+
+    def in_memory(model: Model) -> LogitsOf:
+        return logits_of(model, sequences, device, first, lambda: on_progress(1))
+
+    source = in_memory(original)
+    memory = source if reduced is original else in_memory(reduced)
     with LlamaRuntime(path, n_ctx=sequences.shape[1]) as runtime:
         check_tokenizer(runtime, original.tokenizer, path)
 
@@ -96,12 +99,3 @@ def verify(
         kl_to_reduced=to_reduced,
         scored_tokens=to_original["written"].perplexity.tokens_scored,
     )
-
-
-def _logits_of(
-    model: Model, sequences: Tensor, first: int, device: torch.device, on_progress: Callable[[float], None]
-) -> LogitsOf:
-    """Logits from position `first` on of any of `sequences`; each layer is loaded once for all of them."""
-    hidden = hidden_states(model, sequences, device, lambda: on_progress(1))
-    states = {sequence.numpy().tobytes(): state[first:] for sequence, state in zip(sequences, hidden, strict=True)}
-    return lambda sequence: output_logits(model, states[sequence.numpy().tobytes()], device)

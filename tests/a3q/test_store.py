@@ -27,8 +27,8 @@ def temp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def filled(budget: int, given: list[Item]) -> LayerStore[Item]:
-    store: LayerStore[Item] = LayerStore(budget, lambda item: item, lambda tensors: tensors)
+def filled(budget: int, given: list[Item]) -> LayerStore:
+    store = LayerStore(budget)
     for item in given:
         store.append(item)
     return store
@@ -72,13 +72,6 @@ def test_no_folder_while_everything_fits(temp: Path) -> None:
     assert len(store) == 4 and list(temp.iterdir()) == []
 
 
-def test_pack_and_unpack_only_on_the_way_to_disk() -> None:
-    """An item of any type, stored as tensors; what stays in memory is the item itself."""
-    store: LayerStore[tuple[Tensor, str]] = LayerStore(
-        8, lambda item: {item[1]: item[0]}, lambda tensors: next((value, name) for name, value in tensors.items())
-    )
-    kept, spilled = (torch.ones(2), "kept"), (torch.zeros(3), "spilled")
-    store.append(kept)
-    store.append(spilled)
-    assert store[0] is kept
-    assert store[1][1] == "spilled" and torch.equal(store[1][0], spilled[0])
+def test_what_stays_in_memory_is_the_layer_itself() -> None:
+    given = items(1)
+    assert filled(10**6, given)[0] is given[0]
