@@ -36,7 +36,7 @@ MINIMUM_TOKENS = 1024
 MINIMUM_LENGTH = 128
 """Windows of a short text are made shorter, but not shorter than this."""
 
-CACHE_BYTES = 9 << 28
+CACHE_BYTES = 3 << 29
 """Key/value cache of the sequences that a model writes side by side on a CPU; on a GPU a quarter of what is free."""
 
 _WHOLE_FILE = 4 << 20
