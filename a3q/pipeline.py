@@ -123,18 +123,18 @@ def convert(
     # Whatever fails from here on, nothing stands under the final name.
     unverified = path.with_name(f".{path.name}.{os.getpid()}.unverified")
     try:
-        written = _write(reduction, plan, unverified, path, choice, calibration, seed, digests, stages)
+        written = _write(reduction, plan, unverified, choice, calibration, seed, digests, stages)
         verification = None
         if verify_file and calibration is not None:
             sequences = calibration.held_out
             in_memory = 1 if reduction.model is original else 2
             work = in_memory * original.config.num_hidden_layers + 2 * len(sequences)
             with stages("verify in llama.cpp", work) as advance:
-                try:
-                    verification = verify(unverified, original, reduction.model, plan, sequences, torch_device, advance)
-                except VerifyError as error:
-                    raise VerifyError(str(error).replace(str(unverified), str(path))) from error
+                verification = verify(unverified, original, reduction.model, plan, sequences, torch_device, advance)
         unverified.replace(path)
+    except (InputError, VerifyError) as error:
+        # The user knows the output by its final name.
+        raise type(error)(str(error).replace(str(unverified), str(path))) from error
     finally:
         unverified.unlink(missing_ok=True)
     return ConvertResult(
@@ -234,7 +234,6 @@ def _write(
     reduction: Reduction,
     plan: QuantPlan,
     unverified: Path,
-    path: Path,
     choice: Choice,
     calibration: Calibration | None,
     seed: int,
@@ -275,10 +274,7 @@ def _write(
             advance(bytes_done / bytes_total - done)
             done = bytes_done / bytes_total
 
-        try:
-            return write_gguf(model, plan, unverified, name=name, provenance=fields, progress=progress)
-        except (InputError, VerifyError) as error:
-            raise type(error)(str(error).replace(str(unverified), str(path))) from error
+        return write_gguf(model, plan, unverified, name=name, provenance=fields, progress=progress)
 
 
 def _gguf_value(value: object) -> GGUFValue:
