@@ -22,6 +22,11 @@ Layer = dict[str, Tensor]
 """Weights of one layer by role (see `a3q.families`); an optional role that the model lacks is absent."""
 
 
+def plain_frequencies(theta: float, head_dim: int) -> tuple[float, ...]:
+    """`theta ** (-2 i / head_dim)`: `head_dim / 2` angles in radians per position."""
+    return tuple(theta ** (-2.0 * i / head_dim) for i in range(head_dim // 2))
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """Dimensions of a decoder-only transformer.
@@ -53,7 +58,7 @@ class ModelConfig:
 
     def plain_frequencies(self) -> tuple[float, ...]:
         """RoPE without any scaling: `rope_theta ** (-2 i / head_dim)`."""
-        return tuple(self.rope_theta ** (-2.0 * i / self.head_dim) for i in range(self.head_dim // 2))
+        return plain_frequencies(self.rope_theta, self.head_dim)
 
     def kv_bytes_per_token(self, bytes_per_element: float = 2.0) -> float:
         """Key and value cache of all layers for one token; float16 elements unless told."""

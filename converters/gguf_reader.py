@@ -18,7 +18,7 @@ from torch import Tensor
 
 from a3q.errors import InputError
 from a3q.families import Family, Role, family_for_gguf
-from a3q.model import Layer, Model, ModelConfig, Source
+from a3q.model import Layer, Model, ModelConfig, Source, plain_frequencies
 from converters import rope
 from converters.gguf_file import read_parts, reading
 from converters.tensors import LazyLayers, check_finite, check_tensors, layer_names
@@ -245,7 +245,7 @@ def _frequencies(keys: _Keys, config: ModelConfig, tensors: Mapping[str, ReaderT
                 f"which asks for {[len(factors)]}"
             )
         factors = _dequantize(tensor).tolist()
-    plain = rope.plain_frequencies(config.rope_theta, config.head_dim)
+    plain = plain_frequencies(config.rope_theta, config.head_dim)
     frequencies = tuple(omega / scale / factor for omega, factor in zip(plain, factors, strict=True))
     if not all(math.isfinite(omega) and omega > 0 for omega in frequencies):
         raise InputError(f"{keys.path}: tensor {ROPE_FACTORS} gives RoPE frequencies that are not positive numbers")

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from a3q.errors import InputError
-from a3q.model import ModelConfig
+from a3q.model import ModelConfig, plain_frequencies
 
 
 def to_interleaved(weight: Tensor, heads: int) -> Tensor:
@@ -22,11 +22,6 @@ def to_half_split(weight: Tensor, heads: int) -> Tensor:
     """The inverse of `to_interleaved`."""
     half = weight.shape[0] // heads // 2
     return weight.reshape(heads, half, 2, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
-
-
-def plain_frequencies(theta: float, head_dim: int) -> tuple[float, ...]:
-    """`theta ** (-2 i / head_dim)`: `head_dim / 2` angles in radians per position."""
-    return tuple(theta ** (-2.0 * i / head_dim) for i in range(head_dim // 2))
 
 
 def frequencies_from_hf(config: Mapping[str, Any], head_dim: int, origin: object) -> tuple[float, tuple[float, ...]]:
