@@ -5,20 +5,30 @@ Checked against transformers and llama.cpp by the tests. Activations are float32
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from a3q.model import Layer, Model, ModelConfig
+from a3q.model import Layer, LayerShape, Model, ModelConfig
 
 Observer = Callable[[str, Tensor], None]
-"""Receives `q`, `k` before RoPE (`[B, heads, T, head_dim]`), `o` (`[B, heads, T, head_dim]`) and `m` (`[B, T, F]`)."""
+"""Receives `q`, `k` before RoPE (`[B, heads, T, qk_head_dim]`), `v` and `o` (`[B, heads, T, v_head_dim]`) and `m` (`[B,
+T, F]`)."""
 
 BATCH_BYTES = 256 * 2**20
 """Activation bytes that one batch of sequences may take inside a layer."""
+
+_ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+}
 
 
 def to_device(layer: Layer, device: torch.device) -> Layer:
@@ -26,34 +36,46 @@ def to_device(layer: Layer, device: torch.device) -> Layer:
     return {role: weight.to(device) for role, weight in layer.items()}
 
 
+@dataclass(frozen=True)
 class Rope:
-    """Rotation angles for positions `0 … length`; pair `p` of a head is (`p`, `p + head_dim / 2`)."""
+    """Cosine and sine of each pair's angle, `[lists, T, m]`; pair `p` of a head is (`p`, `p + m`), the rest stays."""
 
-    def __init__(self, frequencies: Sequence[float], length: int, device: torch.device) -> None:
-        positions = torch.arange(length, dtype=torch.float64)
-        angles = positions[:, None] * torch.tensor(frequencies, dtype=torch.float64)
-        self.cos = torch.cos(angles).float().to(device)
-        self.sin = torch.sin(angles).float().to(device)
+    cos: Tensor
+    sin: Tensor
 
     def window(self, start: int, end: int) -> Rope:
         """The same rotation for positions `start … end` only."""
-        part = copy.copy(self)
-        part.cos, part.sin = self.cos[start:end], self.sin[start:end]
-        return part
+        return Rope(self.cos[:, start:end], self.sin[:, start:end])
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Rotate `[B, heads, T, head_dim]`."""
-        re, im = x.chunk(2, dim=-1)
-        return torch.cat((re * self.cos - im * self.sin, im * self.cos + re * self.sin), dim=-1)
+        """Rotate `[B, heads, T, qk_head_dim]`; where there is a list for each key head, its query heads share it."""
+        m = self.cos.shape[-1]
+        if m == 0:
+            return x
+        cos, sin = self.cos, self.sin
+        if len(cos) not in (1, x.shape[1]):
+            cos, sin = (part.repeat_interleave(x.shape[1] // len(part), dim=0) for part in (cos, sin))
+        re, im, rest = x[..., :m], x[..., m : 2 * m], x[..., 2 * m :]
+        return torch.cat((re * cos - im * sin, im * cos + re * sin, rest), dim=-1)
+
+
+@lru_cache(maxsize=128)
+def rope(frequencies: tuple[tuple[float, ...], ...], length: int, device: torch.device) -> Rope:
+    """Rotation for positions `0 … length`, kept for the next layer with the same frequencies."""
+    with torch.inference_mode(False):
+        lists = torch.tensor(frequencies or ((),), dtype=torch.float64)
+        angles = torch.arange(length, dtype=torch.float64)[:, None] * lists[:, None]
+        return Rope(torch.cos(angles).float().to(device), torch.sin(angles).float().to(device))
 
 
 class KeyValueCache:
     """Keys and values of one layer for up to `capacity` positions, for generation."""
 
-    def __init__(self, config: ModelConfig, batch: int, capacity: int, device: torch.device) -> None:
+    def __init__(self, config: ModelConfig, shape: LayerShape, batch: int, capacity: int, device: torch.device) -> None:
         heads = config.num_key_value_heads
-        self.keys = torch.empty(batch, heads, capacity, config.head_dim, device=device)
-        self.values = torch.empty(batch, heads, capacity, config.v_head_dim, device=device)
+        self.keys = torch.empty(batch, heads, capacity, shape.qk_head_dim, device=device)
+        self.values = torch.empty(batch, heads, capacity, shape.v_head_dim, device=device)
+        self.capacity = capacity
         self.length = 0
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,70 +87,117 @@ class KeyValueCache:
         return self.keys[:, :, :end], self.values[:, :, :end]
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Root-mean-square norm over the last dimension."""
-    return F.rms_norm(x, (x.shape[-1],), weight, eps)
+def norm(config: ModelConfig, w: Layer, role: str, x: Tensor) -> Tensor:
+    """The norm called `role` over the last dimension; a layer that lacks it leaves `x` as it is."""
+    weight = w.get(role)
+    if weight is None:
+        return x
+    if config.norm == "layer":
+        return F.layer_norm(x, weight.shape, weight, w.get(f"{role}_bias"), config.norm_eps)
+    return F.rms_norm(x, weight.shape, weight, config.norm_eps)
+
+
+def head_norm(config: ModelConfig, weight: Tensor, x: Tensor) -> Tensor:
+    """Norm of queries or keys `[B, heads, T, d]` as `config.qk_norm` says; `weight` `[d]` or `[heads · d]`."""
+    over = (1, 3) if config.qk_norm == "all" else (3,)
+    scale = (x.square().mean(over, keepdim=True) + config.norm_eps).rsqrt()
+    return x * scale * weight.view(-1, 1, x.shape[-1])
+
+
+def score_bias(config: ModelConfig, shape: LayerShape, start: int, end: int, device: torch.device) -> Tensor | None:
+    """What is added to the scores of queries `start … end` on keys `0 … end`, `[heads or 1, queries, keys]`.
+
+    None where the causal mask is all there is.
+    """
+    windowed = shape.sliding_window is not None and shape.sliding_window < end
+    if not windowed and not config.alibi_slopes:
+        return None
+    distance = torch.arange(start, end, device=device)[:, None] - torch.arange(end, device=device)
+    hidden = distance < 0
+    if shape.sliding_window is not None:
+        hidden |= distance >= shape.sliding_window
+    slopes = torch.tensor(config.alibi_slopes or (0.0,), device=device)
+    return (-slopes[:, None, None] * distance).masked_fill(hidden, -math.inf)
 
 
 def attention(
-    config: ModelConfig, w: Layer, x: Tensor, rope: Rope, observe: Observer | None, cache: KeyValueCache | None
+    config: ModelConfig,
+    shape: LayerShape,
+    w: Layer,
+    x: Tensor,
+    observe: Observer | None = None,
+    cache: KeyValueCache | None = None,
 ) -> Tensor:
-    """Causal self-attention of normed `x`, output projection included."""
+    """Causal self-attention of normed `x`, output projection included, a norm behind it not."""
     B, T, _ = x.shape
+    start, capacity = (0, T) if cache is None else (cache.length, cache.capacity)
 
     def heads(name: str, count: int, size: int) -> Tensor:
         return F.linear(x, w[name], w.get(f"{name}_bias")).view(B, T, count, size).transpose(1, 2)
 
-    q = heads("q", config.num_attention_heads, config.head_dim)
-    k = heads("k", config.num_key_value_heads, config.head_dim)
-    v = heads("v", config.num_key_value_heads, config.v_head_dim)
+    q = heads("q", config.num_attention_heads, shape.qk_head_dim)
+    k = heads("k", config.num_key_value_heads, shape.qk_head_dim)
+    v = heads("v", config.num_key_value_heads, shape.v_head_dim)
+    if config.qk_norm is not None:
+        q, k = head_norm(config, w["q_norm"], q), head_norm(config, w["k_norm"], k)
     if observe is not None:
         observe("q", q)
         observe("k", k)
-    q, k = rope(q), rope(k)
-    causal = T > 1
+        observe("v", v)
+    turn = rope(shape.frequencies, capacity, x.device).window(start, start + T)
+    q, k = turn(q), turn(k)
     if cache is not None:
         k, v = cache.append(k, v)
-    o = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=config.queries_per_group > 1)
+    bias = score_bias(config, shape, start, start + T, x.device)
+    o = F.scaled_dot_product_attention(
+        q, k, v, bias, is_causal=bias is None and T > 1, enable_gqa=config.queries_per_group > 1
+    )
     if observe is not None:
         observe("o", o)
     return F.linear(o.transpose(1, 2).reshape(B, T, -1), w["o"], w.get("o_bias"))
 
 
-def mlp(w: Layer, x: Tensor, observe: Observer | None) -> Tensor:
-    """Gated MLP of normed `x`."""
-    m = F.silu(F.linear(x, w["gate"], w.get("gate_bias"))) * F.linear(x, w["up"], w.get("up_bias"))
+def mlp(config: ModelConfig, w: Layer, x: Tensor, observe: Observer | None = None) -> Tensor:
+    """MLP of normed `x`, gated where the layer has a gate; a norm behind it is not included."""
+    activation = _ACTIVATIONS[config.activation]
+    m = F.linear(x, w["up"], w.get("up_bias"))
+    m = activation(F.linear(x, w["gate"], w.get("gate_bias"))) * m if "gate" in w else activation(m)
     if observe is not None:
         observe("m", m)
     return F.linear(m, w["down"], w.get("down_bias"))
 
 
-def block(
-    config: ModelConfig,
-    w: Layer,
-    x: Tensor,
-    rope: Rope,
-    observe: Observer | None = None,
-    cache: KeyValueCache | None = None,
-) -> Tensor:
+def block(config: ModelConfig, shape: LayerShape, w: Layer, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
     """One decoder layer, `[B, T, hidden]` to the same shape. A cache may hold earlier positions only when T is 1."""
-    x = x + attention(config, w, rms_norm(x, w["attn_norm"], config.rms_norm_eps), rope, observe, cache)
-    return x + mlp(w, rms_norm(x, w["mlp_norm"], config.rms_norm_eps), observe)
+    attended = attention(config, shape, w, norm(config, w, "attn_norm", x), cache=cache)
+    y = x + norm(config, w, "attn_post_norm", attended)
+    inner = mlp(config, w, norm(config, w, "mlp_norm", x if config.parallel_residual else y))
+    return y + norm(config, w, "mlp_post_norm", inner)
+
+
+def embed(model: Model, tokens: Tensor, start: int = 0) -> Tensor:
+    """Hidden states `[B, T, hidden]` of `tokens` `[B, T]` at positions from `start` on, where the embedding is kept."""
+    x = F.embedding(tokens, model.embed) * model.config.embedding_scale
+    positions = model.top.get("positions")
+    return x if positions is None else x + positions[start : start + tokens.shape[1]]
 
 
 def batches(config: ModelConfig, count: int, length: int) -> Iterator[slice]:
     """Slices of `count` sequences of `length` tokens such that a layer's widest activations fit `BATCH_BYTES`."""
-    per_sequence = 4 * length * (3 * config.intermediate_size + 4 * config.num_attention_heads * config.head_dim)
-    size = max(1, BATCH_BYTES // per_sequence)
+    widest = config.widest
+    per_token = 3 * widest.intermediate_size + 4 * config.num_attention_heads * widest.qk_head_dim
+    if config.alibi_slopes:
+        per_token += length * config.num_attention_heads
+    size = max(1, BATCH_BYTES // (4 * length * per_token))
     for start in range(0, count, size):
         yield slice(start, min(start + size, count))
 
 
 @torch.inference_mode()
-def run_layer(config: ModelConfig, w: Layer, x: Tensor, rope: Rope, device: torch.device) -> None:
+def run_layer(config: ModelConfig, shape: LayerShape, w: Layer, x: Tensor, device: torch.device) -> None:
     """Replace the hidden states `x` `[B, T, hidden]`, kept where they are, by this layer's output, batch by batch."""
     for part in batches(config, x.shape[0], x.shape[1]):
-        x[part] = block(config, w, x[part].to(device), rope).to(x.device)
+        x[part] = block(config, shape, w, x[part].to(device)).to(x.device)
 
 
 @torch.inference_mode()
@@ -137,17 +206,15 @@ def hidden_states(
 ) -> Tensor:
     """Final, normed hidden states `[B, T, hidden]` (CPU) of `tokens` `[B, T]`; each layer is loaded once."""
     config = model.config
-    x = F.embedding(tokens, model.embed)
-    rope = Rope(config.frequencies, tokens.shape[1], device)
-    for layer in model.layers:
-        run_layer(config, to_device(layer, device), x, rope, device)
+    x = embed(model, tokens)
+    for shape, layer in zip(config.layers, model.layers, strict=True):
+        run_layer(config, shape, to_device(layer, device), x, device)
         if on_layer is not None:
             on_layer()
-    return rms_norm(x, model.final_norm, config.rms_norm_eps)
+    return norm(config, model.top, "final_norm", x)
 
 
 @torch.inference_mode()
 def output_logits(model: Model, hidden: Tensor, device: torch.device) -> Tensor:
     """Logits `[..., vocab_size]` (on `device`) of final hidden states `[..., hidden]`."""
-    weight = model.embed if model.output is None else model.output
-    return F.linear(hidden.to(device), weight.to(device))
+    return F.linear(hidden.to(device), model.output.to(device))

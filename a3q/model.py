@@ -1,15 +1,18 @@
 """The in-memory description of a model that every stage reads: plain data, the same for every source format.
 
-Weights are float32 in Hugging Face layout: a projection is `[out_features, in_features]`, and the rows of `q` and `k`
-are half-split per head (pair `p` of a head is rows `p` and `p + head_dim / 2`).
+Weights are float32 in Hugging Face layout: a projection is `[out_features, in_features]`. The rows of a query or key
+head are the real parts of its rotated pairs, then their imaginary parts, then what is not rotated: with `m` pairs, pair
+`p` is rows `p` and `p + m`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 from gguf.gguf_writer import GGUFValue
@@ -22,48 +25,87 @@ Layer = dict[str, Tensor]
 """Weights of one layer by role (see `a3q.families`); an optional role that the model lacks is absent."""
 
 
-def plain_frequencies(theta: float, head_dim: int) -> tuple[float, ...]:
-    """`theta ** (-2 i / head_dim)`: `head_dim / 2` angles in radians per position."""
-    return tuple(theta ** (-2.0 * i / head_dim) for i in range(head_dim // 2))
+def plain_frequencies(theta: float, rotated: int) -> tuple[float, ...]:
+    """`theta ** (-2 i / rotated)`: `rotated / 2` angles in radians per position."""
+    return tuple(theta ** (-2.0 * i / rotated) for i in range(rotated // 2))
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """Inner dimensions of one layer: what A3 reduces, and what its attention can see."""
+
+    qk_head_dim: int
+    """Size of a query or key head. Attention scores are divided by its root."""
+    v_head_dim: int
+    intermediate_size: int
+    frequencies: tuple[tuple[float, ...], ...] = ()
+    """Rotation in radians per position, every static scaling applied: one list for all heads, or one for each key
+    head, all as long; without RoPE, no list."""
+    sliding_window: int | None = None
+    """Last positions that a query sees, its own among them; None: all."""
+
+    @property
+    def pairs(self) -> int:
+        """Rotated pairs of a head."""
+        return len(self.frequencies[0]) if self.frequencies else 0
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Dimensions of a decoder-only transformer.
+    """Dimensions and form of a decoder-only transformer; what differs between layers is in `layers`."""
 
-    `head_dim` is the size of a query or key head and `v_head_dim` that of a value head: equal in every file that a3q
-    reads or writes, but either may be reduced alone. `frequencies` holds `head_dim / 2` angles in radians per position,
-    with every static RoPE scaling already applied.
-    Attention scores are scaled by `1 / sqrt(head_dim)`.
-    """
-
-    num_hidden_layers: int
+    layers: tuple[LayerShape, ...]
     hidden_size: int
-    intermediate_size: int
     num_attention_heads: int
     num_key_value_heads: int
-    head_dim: int
-    v_head_dim: int
     vocab_size: int
     max_position_embeddings: int
-    rms_norm_eps: float
-    rope_theta: float
-    frequencies: tuple[float, ...]
+    norm_eps: float
     tie_word_embeddings: bool
+    rope_theta: float = 10000.0
+    norm: Literal["rms", "layer"] = "rms"
+    activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
+    """Of the gate, or of the one inner projection where there is no gate."""
+    parallel_residual: bool = False
+    """Attention and MLP read the same hidden states, and both outputs are added to them."""
+    qk_norm: Literal["head", "heads", "all"] | None = None
+    """RMS norm between projection and RoPE: over a head with one weight for all (`head`) or one for each (`heads`), or
+    over the heads together (`all`)."""
+    alibi_slopes: tuple[float, ...] = ()
+    """One for each query head: its scores fall by so much a position. None with other position encodings."""
+    embedding_scale: float = 1.0
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Number of layers."""
+        return len(self.layers)
 
     @property
     def queries_per_group(self) -> int:
         """Query heads that share one key/value head."""
         return self.num_attention_heads // self.num_key_value_heads
 
-    def plain_frequencies(self) -> tuple[float, ...]:
-        """RoPE without any scaling: `rope_theta ** (-2 i / head_dim)`."""
-        return plain_frequencies(self.rope_theta, self.head_dim)
+    @cached_property
+    def uniform(self) -> LayerShape | None:
+        """The shape of every layer; None where they differ."""
+        return self.layers[0] if len(set(self.layers)) == 1 else None
+
+    @property
+    def widest(self) -> LayerShape:
+        """The largest of each inner dimension among the layers; frequencies and window are the first layer's."""
+        first = self.layers[0]
+        return LayerShape(
+            max(shape.qk_head_dim for shape in self.layers),
+            max(shape.v_head_dim for shape in self.layers),
+            max(shape.intermediate_size for shape in self.layers),
+            first.frequencies,
+            first.sliding_window,
+        )
 
     def kv_bytes_per_token(self, bytes_per_element: float = 2.0) -> float:
         """Key and value cache of all layers for one token; float16 elements unless told."""
-        width = self.num_key_value_heads * (self.head_dim + self.v_head_dim)
-        return self.num_hidden_layers * width * bytes_per_element
+        sizes = sum(shape.qk_head_dim + shape.v_head_dim for shape in self.layers)
+        return self.num_key_value_heads * sizes * bytes_per_element
 
 
 class Tokenizer(Protocol):
@@ -107,24 +149,33 @@ class Model:
 
     family: Family
     config: ModelConfig
-    embed: Tensor
-    """`[vocab_size, hidden_size]`"""
-    final_norm: Tensor
-    """`[hidden_size]`"""
-    output: Tensor | None
-    """`[vocab_size, hidden_size]`; None when tied to `embed`."""
+    top: Layer
+    """Weights outside the layers by role: `embed` `[vocab_size, hidden_size]`, `final_norm`, …; `output` `[vocab_size,
+    hidden_size]` is absent when tied to `embed`."""
     layers: Sequence[Layer]
+    layer_roles: frozenset[str]
+    """Roles that every layer has."""
     tokenizer: Tokenizer
     metadata: dict[str, GGUFValue]
     """GGUF keys to carry over that are neither dimensions nor `tokenizer.*`, with architecture keys under their bare
     name (`{arch}.` left in place as written by the source format is not allowed)."""
     source: Source
 
+    @property
+    def embed(self) -> Tensor:
+        """Token embedding `[vocab_size, hidden_size]`."""
+        return self.top["embed"]
+
+    @property
+    def output(self) -> Tensor:
+        """Output weight `[vocab_size, hidden_size]`, the embedding where they are tied."""
+        return self.top.get("output", self.top["embed"])
+
     def parameters(self) -> int:
-        """Number of weights, a tied output not counted twice."""
-        block = sum(tensor.numel() for tensor in self.layers[0].values()) * len(self.layers)
-        output = 0 if self.output is None else self.output.numel()
-        return block + self.embed.numel() + self.final_norm.numel() + output
+        """Number of weights, a tied output not counted twice; no layer is loaded."""
+        roles = [role for role in self.family.layer if role.name in self.layer_roles]
+        layers = sum(prod(role.expected_shape(self.config, shape)) for shape in self.config.layers for role in roles)
+        return layers + sum(weight.numel() for weight in self.top.values())
 
 
 def pick_device(name: str) -> torch.device:

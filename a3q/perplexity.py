@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from a3q.errors import InputError
-from a3q.forward import hidden_states, output_logits
+from a3q.forward import hidden_states, output_logits, to_device
 from a3q.model import Model, ModelConfig
 from a3q.runtime import LlamaRuntime
 
@@ -136,7 +136,7 @@ def evaluate(
     sums = LikelihoodSum()
     first = first_scored(n_ctx)
     # Moved once, not for every piece of logits.
-    head = replace(model, output=(model.embed if model.output is None else model.output).to(device))
+    head = replace(model, top=to_device(model.top, device))
     size = _chunks_per_batch(model.config, n_ctx)
     for batch in (chunks[begin : begin + size] for begin in range(0, len(chunks), size)):
         hidden = hidden_states(model, batch[:, :-1], device)[:, first:]

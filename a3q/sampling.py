@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from a3q.forward import KeyValueCache, Rope, block, output_logits, rms_norm, to_device
+from a3q.forward import KeyValueCache, block, embed, norm, output_logits, to_device
 from a3q.model import Model
 
 
@@ -40,21 +41,19 @@ def sample(
     config = model.config
     B, P = prompts.shape
     layers = [to_device(layer, device) for layer in model.layers]
-    caches = [KeyValueCache(config, B, length, device) for _ in layers]
-    final_norm, embed = model.final_norm.to(device), model.embed.to(device)
-    rope = Rope(config.frequencies, length, device)
+    caches = [KeyValueCache(config, shape, B, length, device) for shape in config.layers]
+    model = replace(model, top=to_device(model.top, device))
     generator = torch.Generator(device).manual_seed(seed)
     ids = torch.empty(B, length, dtype=torch.int64, device=device)
     ids[:, :P] = prompts.to(device)
     start, end = 0, P
     while True:
-        x = F.embedding(ids[:, start:end], embed)
-        here = rope.window(start, end)
-        for w, cache in zip(layers, caches, strict=True):
-            x = block(config, w, x, here, cache=cache)
+        x = embed(model, ids[:, start:end], start)
+        for shape, w, cache in zip(config.layers, layers, caches, strict=True):
+            x = block(config, shape, w, x, cache)
         on_tokens((end - start) * B)
         if end == length:
             return ids.cpu()
-        logits = output_logits(model, rms_norm(x[:, -1], final_norm, config.rms_norm_eps), device)
+        logits = output_logits(model, norm(config, model.top, "final_norm", x[:, -1]), device)
         ids[:, end] = pick(logits, temperature, top_p, generator)
         start, end = end, end + 1

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
-from math import isfinite, prod
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -18,42 +18,61 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from a3q.errors import InputError
-from a3q.families import Family, family_for_hf
-from a3q.model import Layer, Model, ModelConfig, Source
-from converters import rope
-from converters.tensors import LazyLayers, check_finite, check_tensors, layer_names
+from a3q.families import Family, Role, family_for_hf
+from a3q.model import Layer, LayerShape, Model, ModelConfig, Source
+from converters.hf_config import config_from_hf, query_factor
+from converters.tensors import LazyLayers, check_finite, check_tensors, stored_roles
 from converters.tokenizer import tokenizer_from_hf
 
 _DTYPES = ("F32", "F16", "BF16")
 _INDEX = "model.safetensors.index.json"
+_OWN = "a3q"
+"""`model_type` of the folders that a3q itself writes."""
+_BUFFER = re.compile(r"(^|\.)(rotary_emb\.inv_freq|\d+\.(attn|attention)\.(masked_)?bias)$")
+"""Rotation and causal mask in old checkpoints: the config says the same."""
 
 
 @dataclass(frozen=True)
-class _Stored:
+class Stored:
     """A tensor as the header of its file describes it."""
 
     path: Path
     handle: Any
+    name: str
+    """As the file has it."""
     shape: tuple[int, ...]
     dtype: str
 
 
 @dataclass(frozen=True)
-class _Weights:
-    """The tensors of a folder; `read` loads one."""
+class Weights:
+    """The tensors of a folder by name; `read` loads one."""
 
-    tensors: dict[str, _Stored]
+    tensors: dict[str, Stored]
     files: tuple[Path, ...]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor as it is stored."""
+        return {name: stored.shape for name, stored in self.tensors.items()}
 
     def read(self, name: str) -> Tensor:
         """One tensor as float32, the caller's own."""
         stored = self.tensors[name]
         try:
-            tensor = stored.handle.get_tensor(name)
+            tensor = stored.handle.get_tensor(stored.name)
         except (SafetensorError, OSError) as error:
-            raise InputError(f"{stored.path}: tensor {name} cannot be read: {_line(error)}") from error
+            raise InputError(f"{stored.path}: tensor {stored.name} cannot be read: {_line(error)}") from error
         # Copied even from float32: the file is memory-mapped.
-        return check_finite(tensor.to(torch.float32, copy=True), name, stored.path)
+        return check_finite(tensor.to(torch.float32, copy=True), stored.name, stored.path)
+
+    def source(self, folder: Path) -> Source:
+        """Where these weights are, their size, and how many parameters each dtype holds."""
+        types: Counter[str] = Counter()
+        for stored in self.tensors.values():
+            types[stored.dtype] += prod(stored.shape)
+        size = sum(file.stat().st_size for file in self.files)
+        return Source(folder, "huggingface", size, self.files, dict(types))
 
 
 def open_huggingface(folder: Path, pre: str | None = None) -> Model:
@@ -61,48 +80,111 @@ def open_huggingface(folder: Path, pre: str | None = None) -> Model:
 
     `pre` names the llama.cpp pre-tokenizer where it is not recognised.
     """
-    family, config = read_config(folder)
-    weights = _open_weights(folder)
-    check_tensors(family, config, {name: stored.shape for name, stored in weights.tensors.items()}, "hf", folder)
-    top = {role.name: weights.read(role.hf) for role in family.top if role.hf in weights.tensors}
-    output = top.get("output")
-    if config.tie_word_embeddings and output is not None:
-        if not torch.equal(output, top["embed"]):
-            raise InputError(
-                f"{folder}: config.json says tie_word_embeddings, but lm_head.weight differs from the embedding; "
-                "correct whichever is wrong"
-            )
-        output = None
-    types: Counter[str] = Counter()
-    for stored in weights.tensors.values():
-        types[stored.dtype] += prod(stored.shape)
+    raw, path = _config_json(folder), folder / "config.json"
+    if raw.get("model_type") == _OWN:
+        from converters.a3q_folder import open_a3q
+
+        return open_a3q(folder, raw, pre)
+    family = family_for_hf(raw.get("model_type"), path)
+    config = config_from_hf(family, raw, path)
+    factor = query_factor(family, raw, config, path)
+    weights = _with_prefix(open_weights(folder), family)
+    check_tensors(family, config, weights.shapes, "hf", folder)
     return Model(
         family=family,
         config=config,
-        embed=top["embed"],
-        final_norm=top["final_norm"],
-        output=output,
-        layers=LazyLayers(config.num_hidden_layers, lambda i: _layer(family, weights, i)),
-        tokenizer=tokenizer_from_hf(folder, config.vocab_size, pre),
-        metadata=_metadata(folder),
-        source=Source(
-            folder, "huggingface", sum(file.stat().st_size for file in weights.files), weights.files, dict(types)
+        top=_top(family, config, weights, folder),
+        layers=LazyLayers(config.num_hidden_layers, lambda i: _layer(family, config, weights, factor, i)),
+        layer_roles=frozenset(
+            role.name
+            for name, roles in stored_roles(family, "hf", 0).items()
+            if name in weights.tensors
+            for role in roles
         ),
+        tokenizer=tokenizer_from_hf(folder, config.vocab_size, pre),
+        metadata=folder_metadata(folder),
+        source=weights.source(folder),
     )
 
 
 def read_config(folder: Path) -> tuple[Family, ModelConfig]:
     """Family and dimensions from config.json alone; InputError for a model that a3q cannot compute."""
     raw, path = _config_json(folder), folder / "config.json"
-    return family_for_hf(raw.get("model_type"), path), _config(raw, path)
+    if raw.get("model_type") == _OWN:
+        from converters.a3q_folder import read_a3q_config
+
+        return read_a3q_config(raw, path)
+    family = family_for_hf(raw.get("model_type"), path)
+    config = config_from_hf(family, raw, path)
+    query_factor(family, raw, config, path)
+    return family, config
 
 
-def _layer(family: Family, weights: _Weights, i: int) -> Layer:
-    names = layer_names(family, "hf", i)
-    return {role.name: weights.read(name) for role, name in names if name in weights.tensors}
+def _with_prefix(weights: Weights, family: Family) -> Weights:
+    """The same tensors under the table's names: a checkpoint of the model without its output lacks their first part."""
+    embed = next(role.hf for role in family.top if role.name == "embed")
+    prefix, _, bare = embed.partition(".")
+    if embed in weights.tensors or bare not in weights.tensors:
+        return weights
+    whole = {role.hf for role in family.top if not role.hf.startswith(f"{prefix}.")}
+    tensors = {name if name in whole else f"{prefix}.{name}": stored for name, stored in weights.tensors.items()}
+    return Weights(tensors, weights.files)
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _top(family: Family, config: ModelConfig, weights: Weights, folder: Path) -> Layer:
+    top = {role.name: weights.read(role.hf) for role in family.top if role.hf in weights.tensors}
+    # The same weight twice is kept once.
+    output = top.pop("output", None) if config.tie_word_embeddings else None
+    if output is not None and not torch.equal(output, top["embed"]):
+        name = next(role.hf for role in family.top if role.name == "output")
+        raise InputError(
+            f"{folder}: tie_word_embeddings is true in config.json or by default, but {name} differs from the "
+            "embedding; correct whichever is wrong"
+        )
+    if family.hf_position_offset:
+        top["positions"] = top["positions"][family.hf_position_offset :].clone()
+    return _true_norms(family, top)
+
+
+def _layer(family: Family, config: ModelConfig, weights: Weights, factor: float, i: int) -> Layer:
+    w: Layer = {}
+    for name, roles in stored_roles(family, "hf", i).items():
+        if name in weights.tensors:
+            parts = _take_apart(family, config, config.layers[i], roles, weights.read(name))
+            w |= {role.name: part for role, part in zip(roles, parts, strict=True)}
+    w = _true_norms(family, w)
+    if factor != 1.0:
+        # A norm of the queries would undo what is done in front of it.
+        for role in ("q_norm",) if "q_norm" in w else ("q", "q_bias"):
+            if role in w:
+                w[role] = w[role] * factor
+    return w
+
+
+def _true_norms(family: Family, w: Layer) -> Layer:
+    """Weights by which the norms multiply."""
+    if not family.hf_norm_offset:
+        return w
+    return {role: weight + family.hf_norm_offset if role.endswith("norm") else weight for role, weight in w.items()}
+
+
+def _take_apart(
+    family: Family, config: ModelConfig, shape: LayerShape, roles: list[Role], tensor: Tensor
+) -> list[Tensor]:
+    """The weight of each role in one stored tensor, in our layout."""
+    if family.hf_transposed and tensor.ndim == 2:
+        tensor = tensor.T.contiguous()
+    if len(roles) == 1:
+        return [tensor]
+    if family.hf_heads_together:
+        rest = tensor.shape[1:]
+        heads = tensor.view(config.num_attention_heads, len(roles), -1, *rest)
+        return [heads[:, j].reshape(-1, *rest) for j in range(len(roles))]
+    return list(torch.split(tensor, [role.expected_shape(config, shape)[0] for role in roles]))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds; InputError names the file."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -125,15 +207,15 @@ def _config_json(folder: Path) -> dict[str, Any]:
         if (folder / "adapter_config.json").is_file():
             raise InputError(f"{folder}: is a LoRA adapter, not a model; merge it into its base model first")
         raise InputError(f"{folder}: has no config.json, so it is not a Hugging Face model folder")
-    raw = _json(path)
+    raw = read_json(path)
     if quantized := raw.get("quantization_config"):
         method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
         raise InputError(f"{path}: the model is already quantized ({method}); take the unquantized original")
     return raw
 
 
-def _open_weights(folder: Path) -> _Weights:
-    """Headers of all weight files; which tensor is where."""
+def open_weights(folder: Path) -> Weights:
+    """The headers of all weight files in `folder`; InputError where they are not what they should be."""
     single, index = folder / "model.safetensors", folder / _INDEX
     if single.is_file():
         handle = _open_file(single)
@@ -151,19 +233,19 @@ def _open_weights(folder: Path) -> _Weights:
     for name, path in where.items():
         if name not in held[path]:
             raise InputError(f"{path}: tensor {name} is missing, though {_INDEX} says it is here")
-        if name.endswith("rotary_emb.inv_freq"):
-            continue  # a buffer of old checkpoints; the config says the same
+        if _BUFFER.search(name):
+            continue
         part = handles[path].get_slice(name)
-        stored = _Stored(path, handles[path], tuple(part.get_shape()), str(part.get_dtype()))
+        stored = Stored(path, handles[path], name, tuple(part.get_shape()), str(part.get_dtype()))
         if stored.dtype not in _DTYPES:
             raise InputError(f"{path}: tensor {name} has dtype {stored.dtype}; a3q reads {', '.join(_DTYPES)}")
         tensors[name] = stored
-    return _Weights(tensors, tuple(handles))
+    return Weights(tensors, tuple(handles))
 
 
 def _read_index(index: Path) -> dict[str, Path]:
     """Tensor name → its file, which must lie in the folder itself."""
-    weight_map = _json(index).get("weight_map")
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{index}: has no weight_map; download it again")
     where = {}
@@ -185,65 +267,7 @@ def _open_file(path: Path) -> Any:
         raise InputError(f"{path}: is truncated or damaged: {_line(error)}; download it again") from error
 
 
-def _config(raw: Mapping[str, Any], path: Path) -> ModelConfig:
-    """Dimensions; InputError for a variant of the family that a3q does not compute."""
-
-    def integer(key: str, default: int | None = None) -> int:
-        value = raw.get(key)
-        value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 1 << 31:
-            raise InputError(f"{path}: {key} must be a positive whole number, found {value!r}")
-        return value
-
-    if (act := raw.get("hidden_act", "silu")) not in ("silu", "swish"):
-        raise InputError(f"{path}: hidden_act {act!r} is not supported; a3q knows silu")
-    for key in ("num_local_experts", "num_experts", "n_routed_experts"):
-        if raw.get(key):
-            raise InputError(f"{path}: {key} is {raw[key]}; a mixture of experts is not supported")
-    hidden, heads = integer("hidden_size"), integer("num_attention_heads")
-    kv_heads = integer("num_key_value_heads", heads)
-    head_dim = integer("head_dim", hidden // heads)
-    if heads % kv_heads or head_dim % 2:
-        raise InputError(f"{path}: {heads} heads of size {head_dim} with {kv_heads} key heads cannot be")
-    context = integer("max_position_embeddings")
-    _check_window(raw, context, path)
-    eps = raw.get("rms_norm_eps", 1e-6)
-    if isinstance(eps, bool) or not isinstance(eps, int | float) or not isfinite(eps) or eps <= 0:
-        raise InputError(f"{path}: rms_norm_eps must be a positive number, found {eps!r}")
-    if head_dim > 1 << 16:
-        raise InputError(f"{path}: head_dim {head_dim} cannot be")
-    theta, frequencies = rope.frequencies_from_hf(raw, head_dim, path)
-    return ModelConfig(
-        num_hidden_layers=integer("num_hidden_layers"),
-        hidden_size=hidden,
-        intermediate_size=integer("intermediate_size"),
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=head_dim,
-        v_head_dim=head_dim,
-        vocab_size=integer("vocab_size"),
-        max_position_embeddings=context,
-        rms_norm_eps=float(eps),
-        rope_theta=theta,
-        frequencies=frequencies,
-        tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-    )
-
-
-def _check_window(raw: Mapping[str, Any], context: int, path: Path) -> None:
-    """Each family has its own way to say that a layer sees only the last tokens."""
-    # transformers takes 4096 for a Mistral whose config does not say.
-    window = raw.get("sliding_window", 4096 if raw.get("model_type") == "mistral" else None)
-    kinds = raw.get("layer_types")
-    in_use = {
-        "mistral": isinstance(window, int) and window < context,
-        "qwen2": bool(raw.get("use_sliding_window")),
-    }.get(str(raw.get("model_type")), False)
-    if in_use or (isinstance(kinds, list) and any(kind != "full_attention" for kind in kinds)):
-        raise InputError(f"{path}: the model uses a sliding attention window ({window}), which is not supported")
-
-
-def _metadata(folder: Path) -> dict[str, GGUFValue]:
+def folder_metadata(folder: Path) -> dict[str, GGUFValue]:
     """`general.*` keys as llama.cpp's converter derives them from the model card, the config and the folder's name."""
     writer = gguf.GGUFWriter(None, "")
     try:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from a3q.errors import InputError
 from a3q.families import Family, Role
-from a3q.model import Layer, ModelConfig
+from a3q.model import Layer, LayerShape, ModelConfig
 
 Format = Literal["hf", "gguf"]
 
@@ -41,28 +41,50 @@ def layer_names(family: Family, fmt: Format, i: int) -> Iterator[tuple[Role, str
         yield role, getattr(role, fmt).format(i=i)
 
 
+def stored_roles(family: Family, fmt: Format, i: int) -> dict[str, list[Role]]:
+    """Names of the tensors of layer `i` in a format; several roles are parts of one tensor."""
+    stored: dict[str, list[Role]] = {}
+    for role, name in layer_names(family, fmt, i):
+        stored.setdefault(name, []).append(role)
+    return stored
+
+
 def check_tensors(
     family: Family, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], fmt: Format, origin: object
 ) -> None:
-    """Every tensor is there, has the shape that the config asks for, and none is left over; else InputError."""
+    """Every tensor is there, has the shape that the config asks for, and none is left over; else InputError.
+
+    `shapes` are those of the file, in the order of Hugging Face.
+    """
     # A count from a damaged file must not decide how long the loop below runs.
     if config.num_hidden_layers > len(shapes):
         raise InputError(
             f"{origin}: {len(shapes)} tensors cannot make {config.num_hidden_layers} layers; the file is damaged or cut"
         )
-    expected = {getattr(role, fmt): role for role in family.top}
-    layers = [(role, name) for i in range(config.num_hidden_layers) for role, name in layer_names(family, fmt, i)]
+    expected: dict[str, tuple[int, ...]] = {}
+    needed: set[str] = set()
+    for role in family.top:
+        name = getattr(role, fmt)
+        expected[name] = _top_shape(family, config, role, fmt)
+        # Only a tied output may be absent, though the table says that it need not be there.
+        if role.required or (role.name == "output" and not config.tie_word_embeddings):
+            needed.add(name)
+    layers = [stored_roles(family, fmt, i) for i in range(config.num_hidden_layers)]
     # Layers are alike: an optional weight is in all of them or in none.
-    used = {role.name for role, name in layers if role.required or name in shapes}
-    expected |= {name: role for role, name in layers if role.name in used}
-    missing = [name for name, role in expected.items() if name not in shapes and not _may_lack(role, config)]
+    used = {
+        role for layer in layers for name, roles in layer.items() for role in roles if role.required or name in shapes
+    }
+    for shape, layer in zip(config.layers, layers, strict=True):
+        kept = {name: roles for name, roles in layer.items() if not used.isdisjoint(roles)}
+        expected |= {name: _layer_shape(family, config, shape, roles, fmt) for name, roles in kept.items()}
+        needed.update(kept)
+    missing = [name for name in expected if name in needed and name not in shapes]
     if missing:
         raise InputError(f"{origin}: tensor {_some(missing)} is missing")
     unknown = [name for name in shapes if name not in expected]
     if unknown:
         raise InputError(f"{origin}: tensor {_some(unknown)} is not part of a {family.name} model as a3q knows it")
-    for name, role in expected.items():
-        wanted = role.expected_shape(config)
+    for name, wanted in expected.items():
         if shapes.get(name, wanted) != wanted:
             raise InputError(
                 f"{origin}: tensor {name} has shape {list(shapes[name])} and contradicts its metadata, "
@@ -70,8 +92,21 @@ def check_tensors(
             )
 
 
-def _may_lack(role: Role, config: ModelConfig) -> bool:
-    return role.name == "output" and config.tie_word_embeddings
+def _top_shape(family: Family, config: ModelConfig, role: Role, fmt: Format) -> tuple[int, ...]:
+    """Shape of a weight outside the layers as a format stores it."""
+    rows, *rest = role.expected_shape(config, config.layers[0])
+    if fmt == "hf" and role.name == "positions":
+        rows += family.hf_position_offset
+    return rows, *rest
+
+
+def _layer_shape(
+    family: Family, config: ModelConfig, shape: LayerShape, roles: Sequence[Role], fmt: Format
+) -> tuple[int, ...]:
+    """Shape of a layer's tensor, which holds one role or several, as a format stores it."""
+    parts = [role.expected_shape(config, shape) for role in roles]
+    wanted = (sum(part[0] for part in parts), *parts[0][1:])
+    return wanted[::-1] if fmt == "hf" and family.hf_transposed else wanted
 
 
 def _some(names: Sequence[str]) -> str:

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding, linear
+from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM
 
 from a3q import forward
-from a3q.forward import KeyValueCache, Rope, batches, block, hidden_states, output_logits, rms_norm
+from a3q.forward import KeyValueCache, attention, batches, block, embed, hidden_states, mlp, norm, output_logits, rope
 from a3q.model import Layer, Model
 from converters.hf_reader import open_huggingface
 from tests.pico import LLAMA3_ROPE, VOCAB, write_model
@@ -71,14 +71,13 @@ def test_positions_and_order_matter(model: Model) -> None:
 def test_cached_decoding_equals_the_whole_pass(model: Model, prompt: int) -> None:
     """Prompt at once, then token by token through the cache: the hidden states of one pass over all of them."""
     ids, config = tokens(3, 24), model.config
-    rope = Rope(config.frequencies, 24, CPU)
-    caches = [KeyValueCache(config, 3, 24, CPU) for _ in model.layers]
+    caches = [KeyValueCache(config, shape, 3, 24, CPU) for shape in config.layers]
     states = []
     for start, end in [(0, prompt), *((i, i + 1) for i in range(prompt, 24))]:
-        x = embedding(ids[:, start:end], model.embed)
-        for w, cache in zip(model.layers, caches, strict=True):
-            x = block(config, w, x, rope.window(start, end), cache=cache)
-        states.append(rms_norm(x, model.final_norm, config.rms_norm_eps))
+        x = embed(model, ids[:, start:end], start)
+        for shape, w, cache in zip(config.layers, model.layers, caches, strict=True):
+            x = block(config, shape, w, x, cache)
+        states.append(norm(config, model.top, "final_norm", x))
     torch.testing.assert_close(torch.cat(states, 1), hidden_states(model, ids, CPU), rtol=1e-4, atol=1e-4)
     assert [cache.length for cache in caches] == [24, 24]
 
@@ -101,22 +100,27 @@ def test_batches_cover_every_sequence_once(model: Model, monkeypatch: pytest.Mon
 
 
 def test_observer_sees_what_the_projections_take_in(model: Model) -> None:
-    """`o` and `m` are the inputs of the output and down projections; `q` and `k` come before RoPE."""
+    """`o` and `m` are the inputs of the output and down projections; `q` and `k` come before RoPE, `v` as projected."""
     w, config = model.layers[0], model.config
-    x = embedding(tokens(2, 9), model.embed)
+    shape = config.layers[0]
+    x = embed(model, tokens(2, 9))
     seen: dict[str, Tensor] = {}
-    out = block(config, w, x, Rope(config.frequencies, 9, CPU), seen.__setitem__)
-    assert sorted(seen) == ["k", "m", "o", "q"]
-    after = x + linear(seen["o"].transpose(1, 2).flatten(2), w["o"])
-    torch.testing.assert_close(out, after + linear(seen["m"], w["down"]))
-    normed = rms_norm(x, w["attn_norm"], config.rms_norm_eps)
+    normed = norm(config, w, "attn_norm", x)
+    attended = attention(config, shape, w, normed, seen.__setitem__)
+    inner = mlp(config, w, norm(config, w, "mlp_norm", x + attended), seen.__setitem__)
+    assert sorted(seen) == ["k", "m", "o", "q", "v"]
+    torch.testing.assert_close(attended, linear(seen["o"].transpose(1, 2).flatten(2), w["o"]))
+    torch.testing.assert_close(inner, linear(seen["m"], w["down"]))
+    torch.testing.assert_close(block(config, shape, w, x), x + attended + inner)
     torch.testing.assert_close(seen["q"].transpose(1, 2).flatten(2), linear(normed, w["q"], w["q_bias"]))
     torch.testing.assert_close(seen["k"].transpose(1, 2).flatten(2), linear(normed, w["k"], w["k_bias"]))
+    torch.testing.assert_close(seen["v"].transpose(1, 2).flatten(2), linear(normed, w["v"], w["v_bias"]))
 
 
 def test_value_heads_may_differ_in_size(model: Model) -> None:
     """Value heads with further dimensions that the output projection ignores give the same logits, cached or not."""
-    config = dataclasses.replace(model.config, v_head_dim=20)
+    shape = dataclasses.replace(model.config.layers[0], v_head_dim=20)
+    config = dataclasses.replace(model.config, layers=(shape,) * 2)
 
     def widen(w: Layer) -> Layer:
         v = torch.cat((w["v"].view(2, 16, 64), torch.randn(2, 4, 64)), 1).reshape(40, 64)
@@ -127,20 +131,31 @@ def test_value_heads_may_differ_in_size(model: Model) -> None:
     wide = dataclasses.replace(model, config=config, layers=[widen(w) for w in model.layers])
     ids = tokens(2, 12)
     torch.testing.assert_close(logits(wide, ids), logits(model, ids), rtol=1e-4, atol=1e-4)
-    x = embedding(ids[:, :1], model.embed)
-    rope = Rope(config.frequencies, 1, CPU)
-    cached = block(config, wide.layers[0], x, rope, cache=KeyValueCache(config, 2, 4, CPU))
-    torch.testing.assert_close(cached, block(config, wide.layers[0], x, rope))
+    x = embed(model, ids[:, :1])
+    cached = block(config, shape, wide.layers[0], x, KeyValueCache(config, shape, 2, 4, CPU))
+    torch.testing.assert_close(cached, block(config, shape, wide.layers[0], x))
 
 
 def test_rope_turns_pairs_and_windows_keep_positions() -> None:
     frequencies = (1.0, 0.1)
     x = torch.randn(1, 1, 7, 4, generator=torch.Generator().manual_seed(0))
-    rope = Rope(frequencies, 7, CPU)
+    turned = rope((frequencies,), 7, CPU)
     turn = torch.exp(1j * torch.outer(torch.arange(7.0), torch.tensor(frequencies)))
     expected = torch.complex(*x.chunk(2, -1)) * turn
-    torch.testing.assert_close(rope(x), torch.cat((expected.real, expected.imag), -1))
-    torch.testing.assert_close(rope.window(2, 5)(x[:, :, 2:5]), rope(x)[:, :, 2:5])
+    torch.testing.assert_close(turned(x), torch.cat((expected.real, expected.imag), -1))
+    torch.testing.assert_close(turned.window(2, 5)(x[:, :, 2:5]), turned(x)[:, :, 2:5])
+
+
+def test_rope_lists_for_each_key_head_and_dimensions_that_stay() -> None:
+    """Two key heads, each with its list for two query heads; the fifth dimension is not turned."""
+    lists = ((1.0, 0.1), (0.5, 0.02))
+    x = torch.randn(1, 4, 7, 5, generator=torch.Generator().manual_seed(0))
+    found = rope(lists, 7, CPU)(x)
+    for head in range(4):
+        alone = rope((lists[head // 2],), 7, CPU)(x[:, head : head + 1, :, :4])
+        torch.testing.assert_close(found[:, head : head + 1, :, :4], alone)
+    assert torch.equal(found[..., 4], x[..., 4])
+    assert torch.equal(rope((), 7, CPU)(x), x)
 
 
 def test_progress_is_reported_once_a_layer(model: Model) -> None:

@@ -24,13 +24,15 @@ from a3q.perplexity import (
     evaluate_runtime,
     first_scored,
     kl_divergence,
+    logits_of,
     read_text,
     token_nll,
 )
 from a3q.runtime import LlamaRuntime
 from converters.hf_reader import open_huggingface
 from tests.a3q.test_runtime import demo_gguf
-from tests.pico import corpus, write_model
+from tests.pico import KINDS, Kind, corpus, write_model
+from tests.reduced import reduced
 
 CPU = torch.device("cpu")
 SEED = 3
@@ -137,6 +139,36 @@ def test_evaluate_equals_a_full_computation(model: Model, monkeypatch: pytest.Mo
     two = evaluate(model, text, 32, 2, device=CPU)
     assert two.chunks == 2
     assert two.value == pytest.approx(naive_perplexity(model, chunks[:2]), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_family_whole_and_reduced(kind: Kind, tmp_path: Path) -> None:
+    text = " ".join(corpus(6, seed=SEED))
+    whole = open_huggingface(write_model(tmp_path / "m", kind))
+    values = []
+    for one in (whole, reduced(whole)):
+        chunks = chunk_tokens(one.tokenizer.encode(text), 32, one.tokenizer.bos_id if one.tokenizer.add_bos else None)
+        values.append(evaluate(one, text, 32, device=CPU).value)
+        assert values[-1] == pytest.approx(naive_perplexity(one, chunks), rel=1e-5)
+    assert values[0] != pytest.approx(values[1], rel=1e-3)
+
+
+def test_logits_of_sequences_are_computed_together(model: Model) -> None:
+    sequences = torch.randint(model.config.vocab_size, (3, 20), generator=torch.Generator().manual_seed(SEED))
+    calls: list[int] = []
+    expected = output_logits(model, hidden_states(model, sequences, CPU), CPU)
+    for first in (0, 7):
+        known = logits_of(model, sequences, CPU, first, lambda: calls.append(1))
+        for i in (2, 0, 1):
+            torch.testing.assert_close(known(sequences[i]), expected[i, first:])
+    assert len(calls) == 2 * model.config.num_hidden_layers
+    with pytest.raises(KeyError):
+        known(sequences[0].flip(0))
+    same = compare(logits_of(model, sequences, CPU), {"same": logits_of(model, sequences, CPU, 5)}, sequences, 5)[
+        "same"
+    ]
+    assert same.mean_kl < 1e-9
+    assert same.top1_agreement == 1
 
 
 def test_divergence() -> None:

@@ -13,14 +13,18 @@ from a3q.model import Model
 from a3q.sampling import pick, sample
 from converters.hf_reader import open_huggingface
 from tests.pico import VOCAB, write_model
+from tests.reduced import reduced
 
 CPU = torch.device("cpu")
 LENGTH = 20
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
-    return open_huggingface(write_model(tmp_path_factory.mktemp("sampling"), initializer_range=0.2))
+@pytest.fixture(scope="module", params=["llama", "gemma3", "gpt2", "gpt_neox", "mpt", "llama-reduced", "qwen3-reduced"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
+    """Windows, learned positions, partial RoPE, slopes, and layers of different sizes: all go through the cache."""
+    kind, _, form = request.param.partition("-")
+    model = open_huggingface(write_model(tmp_path_factory.mktemp("sampling"), kind, initializer_range=0.2))
+    return reduced(model) if form else model
 
 
 PROMPTS = torch.randint(VOCAB, (3, 4), generator=torch.Generator().manual_seed(0))

@@ -68,9 +68,9 @@ def test_weights_are_those_of_transformers(tmp_path: Path, options: dict[str, An
     reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     theirs = dict(reference.named_parameters())
     assert torch.equal(model.embed, theirs.pop("model.embed_tokens.weight"))
-    assert torch.equal(model.final_norm, theirs.pop("model.norm.weight"))
-    assert (model.output is None) == model.config.tie_word_embeddings == bool(options.get("tied"))
-    if model.output is not None:
+    assert torch.equal(model.top["final_norm"], theirs.pop("model.norm.weight"))
+    assert ("output" not in model.top) == model.config.tie_word_embeddings == bool(options.get("tied"))
+    if "output" in model.top:
         assert torch.equal(model.output, theirs.pop("lm_head.weight"))
     for i, layer in enumerate(model.layers):
         for role in model.family.layer:
@@ -79,7 +79,10 @@ def test_weights_are_those_of_transformers(tmp_path: Path, options: dict[str, An
             if role.name in layer:
                 assert torch.equal(layer[role.name], theirs.pop(name))
     assert not theirs
-    np.testing.assert_allclose(model.config.frequencies, reference.model.rotary_emb.inv_freq, rtol=1e-6)
+    shape = model.config.uniform
+    assert shape is not None
+    assert (shape.qk_head_dim, shape.v_head_dim) == (options.get("head_dim", 16),) * 2
+    np.testing.assert_allclose(shape.frequencies[0], reference.model.rotary_emb.inv_freq, rtol=1e-6)
     assert model.source.format == "huggingface"
     assert sum(model.source.tensor_types.values()) == model.parameters()
     assert (len(model.source.weight_files) > 1) == bool(options.get("sharded"))
@@ -109,10 +112,9 @@ def test_linear_and_default_frequencies() -> None:
 BAD_CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"model_type": "mixtral"}, "'mixtral'"),
     ({"model_type": "weird", "auto_map": {"AutoModel": "x.Y"}}, "'weird'"),
-    ({"model_type": "mistral", "sliding_window": 64}, "sliding"),
-    ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 64}, "sliding"),
+    ({"model_type": "mistral", "sliding_window": "wide"}, "sliding_window"),
     ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding"),
-    ({"hidden_act": "gelu"}, "'gelu'"),
+    ({"hidden_act": "quick_gelu"}, "'quick_gelu'"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
     ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
     ({"rope_parameters": {"rope_theta": 1e4, "rope_type": "yarn", "factor": 2.0}}, "'yarn'"),
@@ -159,7 +161,10 @@ def test_any_value_in_config(copy: Path, value: object) -> None:
 
 def test_mistral_window_that_never_closes(tmp_path: Path) -> None:
     folder = pico.write_model(tmp_path / "m", "mistral", sliding_window=256)
-    assert open_huggingface(folder).config.max_position_embeddings == 256
+    config = open_huggingface(folder).config
+    assert config.max_position_embeddings == 256
+    assert config.uniform is not None
+    assert config.uniform.sliding_window is None
 
 
 @pytest.mark.parametrize("content", ["", "[1]", "{", "[" * 100_000, "\xff"])
@@ -194,7 +199,9 @@ def test_tensors_missing_extra_and_of_other_dtypes(copy: Path) -> None:
 def test_tied_and_present(tmp_path: Path) -> None:
     folder = pico.write_model(tmp_path / "m", tied=True)
     change_weights(folder, lambda w: w.update({"lm_head.weight": w["model.embed_tokens.weight"].clone()}))
-    assert open_huggingface(folder).output is None
+    model = open_huggingface(folder)
+    assert "output" not in model.top
+    assert model.output is model.embed
 
 
 def test_broken_weights_are_named_when_loaded(copy: Path) -> None:
