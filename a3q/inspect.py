@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,8 @@ from rich.markup import escape
 from rich.table import Table
 from safetensors import safe_open
 
-from a3q.model import Model, ModelConfig
+from a3q.model import LayerShape, Model, ModelConfig
+from converters import rope
 from converters.gguf_reader import ROPE_FACTORS, GGUFHeader, check_gguf
 from converters.hf_reader import open_huggingface
 
@@ -56,9 +57,9 @@ class Rope:
 
     theta: float
     frequencies: int
-    """Number of frequencies, half the head size."""
+    """Number of rotated pairs of a head."""
     scaled: bool
-    """Whether any differs from `theta ** (-2 i / head_dim)`."""
+    """Whether any differs from `theta ** (-i / frequencies)`; layers with a sliding window may have their own theta."""
     shared_list: bool
     """Whether the file carries its own list of frequencies for all layers (`rope_freqs.weight`)."""
 
@@ -75,12 +76,16 @@ class Inspection:
     hidden_size: int
     heads: int
     kv_heads: int
-    head_dim: int
-    intermediate_size: int
+    qk_head_dim: tuple[int, ...]
+    """Size of a query or key head in each layer."""
+    v_head_dim: tuple[int, ...]
+    intermediate_size: tuple[int, ...]
+    sliding_window: tuple[int | None, ...]
+    """Positions that each layer sees; None: all."""
     context: int
     vocab_size: int
     tied_output: bool
-    rope: Rope
+    rope: Rope | None
     tensors: tuple[TensorInfo, ...]
     types: tuple[TypeTotal, ...]
     """By size, the largest first."""
@@ -92,14 +97,14 @@ class Inspection:
     kv_bytes_per_token: dict[str, float]
     """Cache type → bytes for one token in all layers; quantized types only where llama.cpp can start with them."""
     flash_attention: tuple[str, ...]
-    """Backends of llama.cpp whose flash attention takes this head size."""
+    """Backends of llama.cpp whose flash attention takes the head sizes of every layer."""
     provenance: dict[str, str]
     """What a3q noted in the file, by key without `a3q.`."""
 
     @property
     def quantized_cache(self) -> bool:
         """Whether llama.cpp can start with a quantized cache."""
-        return self.head_dim % CACHE_BLOCK == 0
+        return all(size % CACHE_BLOCK == 0 for size in (*self.qk_head_dim, *self.v_head_dim))
 
 
 def inspect_file(path: Path) -> Inspection:
@@ -162,10 +167,8 @@ def _inspection(
 ) -> Inspection:
     parameters = sum(tensor.parameters for tensor in tensors)
     weight_bytes = sum(tensor.bytes for tensor in tensors)
-    scaled = any(
-        not math.isclose(actual, plain, rel_tol=1e-5)
-        for actual, plain in zip(config.frequencies, config.plain_frequencies(), strict=True)
-    )
+    layers = config.layers
+    head_sizes = {size for shape in layers for size in (shape.qk_head_dim, shape.v_head_dim)}
     name = fields.get("general.name")
     return Inspection(
         path=str(path),
@@ -176,17 +179,14 @@ def _inspection(
         hidden_size=config.hidden_size,
         heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
-        head_dim=config.head_dim,
-        intermediate_size=config.intermediate_size,
+        qk_head_dim=tuple(shape.qk_head_dim for shape in layers),
+        v_head_dim=tuple(shape.v_head_dim for shape in layers),
+        intermediate_size=tuple(shape.intermediate_size for shape in layers),
+        sliding_window=tuple(shape.sliding_window for shape in layers),
         context=config.max_position_embeddings,
         vocab_size=config.vocab_size,
         tied_output=config.tie_word_embeddings,
-        rope=Rope(
-            theta=config.rope_theta,
-            frequencies=len(config.frequencies),
-            scaled=scaled,
-            shared_list=any(tensor.name == ROPE_FACTORS for tensor in tensors),
-        ),
+        rope=_rope(config, shared_list=any(tensor.name == ROPE_FACTORS for tensor in tensors)),
         tensors=tensors,
         types=_totals(tensors),
         parameters=parameters,
@@ -194,8 +194,35 @@ def _inspection(
         file_bytes=sum(file.stat().st_size for file in files),
         bits_per_weight=8 * weight_bytes / parameters,
         kv_bytes_per_token=_cache_bytes(config),
-        flash_attention=flash_attention_backends(config.head_dim),
+        flash_attention=tuple(
+            backend
+            for backend in flash_attention_backends(max(head_sizes))
+            if all(backend in flash_attention_backends(size) for size in head_sizes)
+        ),
         provenance={key.removeprefix("a3q."): str(value) for key, value in fields.items() if key.startswith("a3q.")},
+    )
+
+
+def _rope(config: ModelConfig, shared_list: bool) -> Rope | None:
+    """None where positions are encoded otherwise."""
+    rotated = [shape for shape in config.layers if shape.pairs]
+    if not rotated:
+        return None
+    # Only layers with a window may have a theta of their own, and none of these is scaled.
+    windowed = {shape.sliding_window is not None for shape in rotated} == {True, False}
+
+    def plain(shape: LayerShape) -> bool:
+        own = windowed and shape.sliding_window is not None
+        found = (rope.base_and_factor(one, config.rope_theta) for one in shape.frequencies)
+        return all(
+            one is not None and one[1] == 1.0 and (own or math.isclose(one[0], config.rope_theta)) for one in found
+        )
+
+    return Rope(
+        theta=config.rope_theta,
+        frequencies=max(shape.pairs for shape in rotated),
+        scaled=not all(plain(shape) for shape in set(rotated)),
+        shared_list=shared_list,
     )
 
 
@@ -212,7 +239,7 @@ def _totals(tensors: Iterable[TensorInfo]) -> tuple[TypeTotal, ...]:
 
 def _cache_bytes(config: ModelConfig) -> dict[str, float]:
     kinds = [GGMLQuantizationType.F16]
-    if config.head_dim % CACHE_BLOCK == 0:
+    if all(size % CACHE_BLOCK == 0 for shape in config.layers for size in (shape.qk_head_dim, shape.v_head_dim)):
         kinds += [GGMLQuantizationType.Q8_0, GGMLQuantizationType.Q4_0]
     cost = {}
     for kind in kinds:
@@ -245,30 +272,48 @@ def render(inspection: Inspection, list_tensors: bool = False) -> RenderableType
 
 def _facts(one: Inspection) -> Table:
     output = "tied to the embedding" if one.tied_output else "separate"
-    rope = [f"theta {one.rope.theta:g}", f"{one.rope.frequencies} frequencies"]
-    if one.rope.shared_list:
-        rope.append("own list, shared by all layers")
-    rope.append("scaled or chosen" if one.rope.scaled else "plain")
     cache = ", ".join(f"{kind} {_number(size)}" for kind, size in one.kv_bytes_per_token.items())
+    qk, v = _range(one.qk_head_dim), _range(one.v_head_dim)
     if not one.quantized_cache:
-        cache += f"; a quantized cache will not start (head size {one.head_dim} is no multiple of {CACHE_BLOCK})"
+        odd = next(size for size in (*one.qk_head_dim, *one.v_head_dim) if size % CACHE_BLOCK)
+        cache += f"; a quantized cache will not start (head size {odd} is no multiple of {CACHE_BLOCK})"
+    size = f"size {qk}" if one.qk_head_dim == one.v_head_dim else f"size {qk} for queries and keys, {v} for values"
     rows = {
         "file": one.path,
         "name": one.name or "none",
         "architecture": f"{one.architecture} ({one.format})",
         "layers": str(one.layers),
         "hidden size": str(one.hidden_size),
-        "heads": f"{one.heads} for queries, {one.kv_heads} for keys and values, of size {one.head_dim}",
-        "MLP size": str(one.intermediate_size),
+        "heads": f"{one.heads} for queries, {one.kv_heads} for keys and values, of {size}",
+        "MLP size": _range(one.intermediate_size),
         "context": f"{one.context:,} tokens",
         "vocabulary": f"{one.vocab_size:,} tokens, output {output}",
-        "RoPE": ", ".join(rope),
+        "RoPE": _rope_facts(one.rope),
         "parameters": f"{one.parameters:,} at {one.bits_per_weight:.2f} bits",
         "size": f"{one.file_bytes:,} bytes, of which {one.weight_bytes:,} are weights",
         "cache per token": f"{cache} (bytes)",
         "flash attention": ", ".join(one.flash_attention),
     }
+    windows = [window for window in one.sliding_window if window is not None]
+    if windows:
+        rows["sliding window"] = f"{_range(windows)} tokens in {len(windows)} of {one.layers} layers"
     return _two_columns(rows.items())
+
+
+def _rope_facts(one: Rope | None) -> str:
+    if one is None:
+        return "none"
+    facts = [f"theta {one.theta:g}", f"{one.frequencies} frequencies"]
+    if one.shared_list:
+        facts.append("own list, shared by all layers")
+    facts.append("scaled or chosen" if one.scaled else "plain")
+    return ", ".join(facts)
+
+
+def _range(sizes: Sequence[int]) -> str:
+    """One number where all are the same."""
+    low, high = min(sizes), max(sizes)
+    return str(low) if low == high else f"{low} to {high}"
 
 
 def _number(size: float) -> str:

@@ -7,8 +7,9 @@ import hashlib
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,12 @@ from torch import Tensor
 
 from a3q.errors import InputError, VerifyError
 from a3q.families import Role
-from a3q.model import Layer, Model
+from a3q.model import Layer, LayerShape, Model, ModelConfig
 from converters import rope
+from converters.gguf_graphs import query_scale
 from converters.gguf_reader import ROPE_FACTORS, GGUFHeader, check_gguf
-from converters.tensors import check_finite, layer_names
+from converters.gguf_target import Target, as_read_back, dimension_keys, factors_for, target_for
+from converters.tensors import check_finite, stored_roles
 from converters.types import QuantPlan, type_for
 
 _HALF_MAX = 65504.0
@@ -56,8 +59,8 @@ class _Entry:
     """One tensor to be written."""
 
     name: str
-    role: Role | None
-    """None for the RoPE factors."""
+    roles: tuple[Role, ...]
+    """Whose rows follow one another in it; none: the RoPE factors."""
     shape: tuple[int, ...]
     kind: GGMLQuantizationType
     layer: int | None
@@ -95,22 +98,24 @@ def write_gguf(
 ) -> WrittenFile:
     """Write `model` as `plan` says. `path` is replaced at the end or not touched at all.
 
-    InputError: no room, a folder that is not there, a weight that the type cannot hold. VerifyError: the file does
-    not read back as what was meant.
+    InputError: what llama.cpp cannot hold (see `check_runtime`), no room, a folder that is not there, a weight that the
+    type cannot hold. VerifyError: the file does not read back as what was meant.
     """
+    target = target_for(model)
     check_output(path, force=True)
-    entries, notes = _entries(model, plan)
+    entries, notes = _entries(model, target, plan)
     needed = sum(_padded(entry.bytes) for entry in entries) + _HEADER_ROOM
     free = shutil.disk_usage(path.parent).free
     if free < needed:
         raise InputError(f"{path}: disk full: {needed:,} bytes are needed and {free:,} are free; make room")
     if name is None and "general.name" not in model.metadata:
         name = path.stem
-    metadata = _metadata(model, plan, name, sum(entry.weights for entry in entries)) | dict(provenance or {})
+    weights = sum(entry.weights for entry in entries)
+    metadata = _metadata(model, target, plan, name, weights) | dict(provenance or {})
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        _write(part, model, plan, entries, metadata, progress)
-        _check(check_gguf(part), model, entries)
+        _write(part, model, target, entries, metadata, progress)
+        _check(check_gguf(part), model, target, entries)
         digest = _sync_and_hash(part)
         part.replace(path)
     except OSError as error:
@@ -131,41 +136,45 @@ def _padded(size: int) -> int:
     return -(-size // alignment) * alignment
 
 
-def _entries(model: Model, plan: QuantPlan) -> tuple[list[_Entry], tuple[str, ...]]:
+def _entries(model: Model, target: Target, plan: QuantPlan) -> tuple[list[_Entry], tuple[str, ...]]:
     """All tensors in the order of the file, and a note for each role whose type had to differ."""
+    config = model.config
     entries: list[_Entry] = []
     notes: Counter[tuple[str, str]] = Counter()
 
-    def add(role: Role, name: str, layer: int | None) -> None:
-        shape = role.expected_shape(model.config)
-        kind, note = type_for(role.name, shape, plan)
+    def add(name: str, roles: Sequence[Role], shape: LayerShape, layer: int | None) -> None:
+        parts = [role.expected_shape(config, shape) for role in roles]
+        whole = (sum(part[0] for part in parts), *parts[0][1:])
+        kind, note = type_for(roles[0].name, whole, plan)
         if note is not None:
-            notes[role.name, note] += 1
-        entries.append(_Entry(name, role, shape, kind, layer))
+            notes[", ".join(role.name for role in roles), note] += 1
+        entries.append(_Entry(name, tuple(roles), whole, kind, layer))
 
-    for role in model.family.top:
-        if role.name != "output" or model.output is not None:
-            add(role, role.gguf, None)
-    if rope.factors(model.config) is not None:
-        entries.append(_Entry(ROPE_FACTORS, None, (model.config.head_dim // 2,), GGMLQuantizationType.F32, None))
-    present = set(model.layers[0])
-    for i in range(model.config.num_hidden_layers):
-        for role, name in layer_names(model.family, "gguf", i):
-            if role.name in present:
-                add(role, name, i)
-    return entries, tuple(f"{role} ({count} tensors): {note}" for (role, note), count in notes.items())
+    for role in target.family.top:
+        if (role.name in model.top and role.name != "output") or (role.name == "output" and not target.tied):
+            add(role.gguf, [role], config.layers[0], None)
+    if (factors := factors_for(target, config)) is not None:
+        entries.append(_Entry(ROPE_FACTORS, (), (len(factors),), GGMLQuantizationType.F32, None))
+    for i, shape in enumerate(config.layers):
+        for name, roles in stored_roles(target.family, "gguf", i).items():
+            if roles[0].name in model.layer_roles:
+                add(name, roles, shape, i)
+    said = [f"{roles} ({count} tensors): {note}" for (roles, note), count in notes.items()]
+    if config.tie_word_embeddings and not target.tied:
+        said.append(f"output: llama.cpp's {target.architecture} needs one of its own; the embedding is stored twice")
+    return entries, tuple(said)
 
 
 def _write(
     part: Path,
     model: Model,
-    plan: QuantPlan,
+    target: Target,
     entries: list[_Entry],
     metadata: Mapping[str, GGUFValue],
     progress: Progress | None,
 ) -> None:
     """Header, then one tensor after another; one layer is in memory at a time."""
-    writer = gguf.GGUFWriter(part, model.family.written_as)
+    writer = gguf.GGUFWriter(part, target.architecture)
     for key, value in metadata.items():
         writer.add_key_value(key, value.value, value.type, value.sub_type)
     for entry in entries:
@@ -175,8 +184,8 @@ def _write(
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for entry, weight in _weights(model, entries):
-            writer.write_tensor_data(_encode(entry, weight, model, part))
+        for entry, parts in _weights(model, target, entries):
+            writer.write_tensor_data(_encode(entry, parts, model, target))
             done += entry.bytes
             if progress is not None:
                 progress(done, total)
@@ -185,34 +194,35 @@ def _write(
         writer.close()
 
 
-def _weights(model: Model, entries: list[_Entry]) -> Iterator[tuple[_Entry, Tensor]]:
-    top = {"embed": model.embed, "final_norm": model.final_norm, "output": model.output}
+def _weights(model: Model, target: Target, entries: list[_Entry]) -> Iterator[tuple[_Entry, list[Tensor]]]:
+    """The weights of each entry, one for each of its roles."""
+    top = {**model.top, "output": model.output}
     layer: Layer = {}
     loaded: int | None = None
     for entry in entries:
-        if entry.role is None:
-            yield entry, torch.tensor(rope.factors(model.config), dtype=torch.float32)
-        elif entry.layer is None:
-            weight = top[entry.role.name]
-            assert weight is not None
-            yield entry, weight
-        else:
-            if loaded != entry.layer:
-                layer, loaded = model.layers[entry.layer], entry.layer
-            yield entry, layer[entry.role.name]
+        if not entry.roles:
+            yield entry, [torch.tensor(factors_for(target, model.config), dtype=torch.float32)]
+            continue
+        if entry.layer is not None and loaded != entry.layer:
+            layer, loaded = model.layers[entry.layer], entry.layer
+        weights = top if entry.layer is None else layer
+        yield entry, [weights[role.name] for role in entry.roles]
 
 
-def _encode(entry: _Entry, weight: Tensor, model: Model, part: Path) -> Any:
-    """The tensor's bytes as an array, q and k in interleaved order. The caller's tensor is left alone."""
-    if tuple(weight.shape) != entry.shape:
-        raise VerifyError(
-            f"{entry.name}: the weight is {list(weight.shape)}, its configuration says {list(entry.shape)}"
-        )
-    weight = check_finite(weight.detach().to("cpu", torch.float32), entry.name, model.source.path)
-    if entry.role is not None and entry.role.rotary is not None:
-        config = model.config
-        queries = entry.role.rotary == "queries"
-        weight = rope.to_interleaved(weight, config.num_attention_heads if queries else config.num_key_value_heads)
+def _encode(entry: _Entry, parts: list[Tensor], model: Model, target: Target) -> Any:
+    """The tensor's bytes as an array, q and k in the runtime's order. The caller's tensors are left alone."""
+    config = model.config
+    shape = config.layers[entry.layer or 0]
+    arranged = []
+    for role, part in zip_longest(entry.roles, parts):
+        expected = entry.shape if role is None else role.expected_shape(config, shape)
+        if tuple(part.shape) != expected:
+            raise VerifyError(
+                f"{entry.name}: the weight is {list(part.shape)}, its configuration says {list(expected)}"
+            )
+        part = check_finite(part.detach().to("cpu", torch.float32), entry.name, model.source.path)
+        arranged.append(part if role is None else _arranged(part, role, config, target))
+    weight = arranged[0] if len(arranged) == 1 else torch.cat(arranged)
     if entry.kind not in (GGMLQuantizationType.F32, GGMLQuantizationType.BF16):
         # The block scales of the quantized types are half floats as well.
         largest = float(weight.abs().max())
@@ -224,44 +234,34 @@ def _encode(entry: _Entry, weight: Tensor, model: Model, part: Path) -> Any:
     return quants.quantize(np.ascontiguousarray(weight.numpy()), entry.kind)
 
 
-def _metadata(model: Model, plan: QuantPlan, name: str | None, weights: int) -> dict[str, GGUFValue]:
+def _arranged(weight: Tensor, role: Role, config: ModelConfig, target: Target) -> Tensor:
+    if role.name == "q_norm":
+        weight = weight / query_scale(target.architecture, config)
+    if role.rotary is None or target.form.written_rope == "half":
+        return weight
+    heads = config.num_attention_heads if role.rotary == "queries" else config.num_key_value_heads
+    return rope.to_interleaved(weight, heads)
+
+
+def _metadata(model: Model, target: Target, plan: QuantPlan, name: str | None, weights: int) -> dict[str, GGUFValue]:
     """All keys of the file but provenance; `general.architecture` is the writer's own."""
-    config, arch = model.config, model.family.written_as
     keys = {
-        key if key.startswith(("general.", "a3q.")) else f"{arch}.{key}": value for key, value in model.metadata.items()
+        key if key.startswith(("general.", "a3q.")) else f"{target.architecture}.{key}": value
+        for key, value in model.metadata.items()
     }
-    texts = {
-        "general.type": "model",
-        "general.size_label": gguf.size_label(weights, weights, 0, 0),
-    }
+    texts = {"general.type": "model", "general.size_label": gguf.size_label(weights, weights, 0, 0)}
     if name is not None:
         texts["general.name"] = name
     integers = {
         "general.file_type": int(plan.file_type),
         "general.quantization_version": int(gguf.GGML_QUANT_VERSION),
-        f"{arch}.block_count": config.num_hidden_layers,
-        f"{arch}.context_length": config.max_position_embeddings,
-        f"{arch}.embedding_length": config.hidden_size,
-        f"{arch}.feed_forward_length": config.intermediate_size,
-        f"{arch}.vocab_size": config.vocab_size,
-        f"{arch}.attention.head_count": config.num_attention_heads,
-        f"{arch}.attention.head_count_kv": config.num_key_value_heads,
-        f"{arch}.attention.key_length": config.head_dim,
-        f"{arch}.attention.value_length": config.v_head_dim,
-        f"{arch}.rope.dimension_count": config.head_dim,
-    }
-    # Scaled frequencies are spelled out in rope_freqs.weight, so no scaling key is written.
-    floats = {
-        f"{arch}.attention.layer_norm_rms_epsilon": config.rms_norm_eps,
-        f"{arch}.rope.freq_base": config.rope_theta,
     }
     keys |= {key: GGUFValue(text, GGUFValueType.STRING) for key, text in texts.items()}
     keys |= {key: GGUFValue(number, GGUFValueType.UINT32) for key, number in integers.items()}
-    keys |= {key: GGUFValue(number, GGUFValueType.FLOAT32) for key, number in floats.items()}
-    return keys | model.tokenizer.metadata
+    return keys | dimension_keys(target, model.config) | model.tokenizer.metadata
 
 
-def _check(header: GGUFHeader, model: Model, entries: list[_Entry]) -> None:
+def _check(header: GGUFHeader, model: Model, target: Target, entries: list[_Entry]) -> None:
     """The file read back says what was meant; VerifyError otherwise. Its shapes already fit its own metadata."""
     meant = {entry.name: (entry.kind, entry.shape) for entry in entries}
     found = {
@@ -269,21 +269,7 @@ def _check(header: GGUFHeader, model: Model, entries: list[_Entry]) -> None:
         for name, tensor in header.tensors.items()
     }
     wrong = [name for name in meant.keys() | found.keys() if meant.get(name) != found.get(name)]
-    # Floats went through float32, and frequencies through a quotient of such.
-    same = np.allclose(header.config.frequencies, model.config.frequencies, rtol=1e-5, atol=0.0) and np.allclose(
-        (header.config.rope_theta, header.config.rms_norm_eps),
-        (model.config.rope_theta, model.config.rms_norm_eps),
-        rtol=1e-6,
-        atol=0.0,
-    )
-    config = replace(
-        model.config,
-        rope_theta=header.config.rope_theta,
-        rms_norm_eps=header.config.rms_norm_eps,
-        frequencies=header.config.frequencies,
-        tie_word_embeddings=model.output is None,
-    )
-    if wrong or not same or config != header.config:
+    if wrong or header.config != as_read_back(target, model.config, header.config):
         what = f"tensor {sorted(wrong)[0]}" if wrong else "its dimensions"
         raise VerifyError(f"the written file does not read back as it was meant: {what} came out different")
 

@@ -77,7 +77,8 @@ def _bits(kind: GGMLQuantizationType) -> float:
 
 def type_for(role: str, shape: tuple[int, ...], plan: QuantPlan) -> tuple[GGMLQuantizationType, str | None]:
     """Type of one tensor, and a note when its rows do not divide into blocks and it stays F16 for that."""
-    if len(shape) == 1:
+    # llama.cpp's own programs leave positions as they are, too.
+    if len(shape) == 1 or role == "positions":
         return GGMLQuantizationType.F32, None
     kind = plan.vocabulary if role in ("embed", "output") else plan.matrix
     if shape[-1] % block_size(kind):

@@ -16,13 +16,13 @@ from gguf.gguf_writer import GGUFValue
 from rich.console import Console
 
 from a3q.errors import InputError
-from a3q.inspect import Inspection, flash_attention_backends, inspect_file, render
+from a3q.inspect import Inspection, Rope, flash_attention_backends, inspect_file, render
 from a3q.model import Model
 from converters.gguf_writer import write_gguf
 from converters.hf_reader import open_huggingface
 from converters.types import resolve_quant
 from tests.a3q.test_runtime import demo_gguf
-from tests.pico import write_model
+from tests.pico import KINDS, Kind, write_model
 
 
 def as_text(inspection: Inspection, list_tensors: bool = False) -> str:
@@ -40,9 +40,10 @@ def test_folder(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "pico", "qwen2")
     one = inspect_file(folder)
     assert (one.format, one.architecture) == ("huggingface", "qwen2")
-    assert (one.layers, one.hidden_size, one.heads, one.kv_heads, one.head_dim) == (2, 64, 4, 2, 16)
-    assert (one.intermediate_size, one.context, one.vocab_size, one.tied_output) == (96, 256, 512, False)
-    assert (one.rope.theta, one.rope.frequencies, one.rope.scaled, one.rope.shared_list) == (10000.0, 8, False, False)
+    assert (one.layers, one.hidden_size, one.heads, one.kv_heads) == (2, 64, 4, 2)
+    assert (one.qk_head_dim, one.v_head_dim, one.intermediate_size) == ((16, 16), (16, 16), (96, 96))
+    assert (one.context, one.vocab_size, one.tied_output) == (256, 512, False)
+    assert one.rope == Rope(10000.0, 8, scaled=False, shared_list=False)
     model = open_huggingface(folder)
     assert one.parameters == model.parameters() == sum(tensor.parameters for tensor in one.tensors)
     assert one.weight_bytes == 4 * one.parameters < one.file_bytes
@@ -59,7 +60,7 @@ def test_gguf_with_mixed_types_and_provenance(tmp_path: Path) -> None:
     model = open_huggingface(write_model(tmp_path / "pico", head_dim=32))
     noted = {"a3q.version": GGUFValue("0.1.0 [dev]", GGUFValueType.STRING)}
     one = written(replace(model, metadata=model.metadata | noted), tmp_path / "pico.gguf", "q4_0")
-    assert (one.format, one.architecture, one.head_dim) == ("gguf", "llama", 32)
+    assert (one.format, one.architecture, one.qk_head_dim) == ("gguf", "llama", (32, 32))
     assert {total.type for total in one.types} == {"F32", "Q8_0", "Q4_0"}
     sizes = {"F32": 4.0, "Q8_0": 34 / 32, "Q4_0": 18 / 32}
     for total in one.types:
@@ -82,12 +83,48 @@ def test_gguf_with_mixed_types_and_provenance(tmp_path: Path) -> None:
 
 def test_chosen_frequencies_are_seen(tmp_path: Path) -> None:
     model = open_huggingface(write_model(tmp_path / "pico"))
-    frequencies = tuple(0.9 * omega for omega in model.config.frequencies)
-    chosen = replace(model, config=replace(model.config, frequencies=frequencies))
+    slower = [
+        replace(shape, frequencies=(tuple(0.9 * omega for omega in shape.frequencies[0]),))
+        for shape in model.config.layers
+    ]
+    chosen = replace(model, config=replace(model.config, layers=tuple(slower)))
     one = written(chosen, tmp_path / "pico.gguf", "f16")
+    assert one.rope is not None
     assert one.rope.scaled
     assert one.rope.shared_list
     assert "own list, shared by all layers" in as_text(one)
+
+
+def test_sizes_that_differ_are_a_range(tmp_path: Path) -> None:
+    model = open_huggingface(write_model(tmp_path / "pico"))
+    wide, narrow = model.config.layers[0], replace(model.config.layers[1], intermediate_size=64)
+    config = replace(model.config, layers=(wide, narrow))
+    layers = [dict(layer) for layer in model.layers]
+    layers[1] |= {"gate": layers[1]["gate"][:64], "up": layers[1]["up"][:64], "down": layers[1]["down"][:, :64]}
+    one = written(replace(model, config=config, layers=layers), tmp_path / "pico.gguf", "f16")
+    assert (one.architecture, one.intermediate_size) == ("deci", (96, 64))
+    assert one.parameters == model.parameters() - 3 * 32 * 64
+    assert "64 to 96" in as_text(one)
+    assert "of size 16\n" in as_text(one).replace(" \n", "\n").replace("  ", "")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_family(tmp_path: Path, kind: Kind) -> None:
+    folder = write_model(tmp_path / "pico", kind)
+    model = open_huggingface(folder)
+    one = inspect_file(folder)
+    # opt stores two rows of positions that no token has.
+    assert one.parameters == model.parameters() + (2 * 64 if kind == "opt" else 0)
+    assert one.kv_bytes_per_token["f16"] == model.config.kv_bytes_per_token()
+    assert (one.rope is None) == (kind in ("gpt2", "opt", "mpt"))
+    text = as_text(one)
+    if one.rope is None:
+        assert "frequencies" not in text
+    else:
+        # A theta of its own, as in gemma3's layers with a window, is no scaling.
+        assert not one.rope.scaled
+        assert f"{one.rope.frequencies} frequencies, plain" in text
+    assert ("12 tokens in 2 of 3 layers" in text) == (kind == "gemma3")
 
 
 def test_demo_model_reads_no_weights(monkeypatch: pytest.MonkeyPatch) -> None:

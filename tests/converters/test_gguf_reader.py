@@ -17,6 +17,7 @@ from gguf.constants import GGMLQuantizationType
 from gguf.gguf_writer import GGUFValue
 
 from a3q.errors import InputError
+from a3q.model import plain_frequencies
 from converters import rope
 from converters.gguf_reader import open_gguf
 from converters.gguf_writer import write_gguf
@@ -24,6 +25,8 @@ from converters.hf_reader import open_huggingface
 from converters.open import open_model
 from converters.types import resolve_quant
 from tests import pico
+
+F32 = resolve_quant("f32")
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +135,89 @@ def test_constant_arrays_and_defaults(llama: Path, tmp_path: Path) -> None:
 def test_linear_scaling(llama: Path, tmp_path: Path) -> None:
     keys = {"llama.rope.scaling.type": text("linear"), "llama.rope.scaling.factor": f32(4.0)}
     config = open_gguf(rewrite(llama, tmp_path / "m.gguf", keys)).config
-    np.testing.assert_allclose(np.array(config.frequencies) * 4, config.plain_frequencies())
+    for shape in config.layers:
+        np.testing.assert_allclose(np.array(shape.frequencies[0]) * 4, plain_frequencies(10000.0, 16))
+
+
+def test_mlp_sizes_of_each_layer(llama: Path, tmp_path: Path) -> None:
+    """Sizes that differ are deci's; head counts that differ nobody's."""
+    lists = {"llama.attention.head_count": array(4, 4), "llama.attention.head_count_kv": array(2, 2)}
+    cut = {
+        "blk.1.ffn_gate.weight": zeros(64, 64),
+        "blk.1.ffn_up.weight": zeros(64, 64),
+        "blk.1.ffn_down.weight": zeros(64, 64),
+    }
+    keys = lists | {"llama.feed_forward_length": array(96, 64)}
+    model = open_gguf(rewrite(llama, tmp_path / "m.gguf", keys, cut, arch="deci"))
+    assert model.family.name == "llama"
+    assert [shape.intermediate_size for shape in model.config.layers] == [96, 64]
+    assert torch.equal(model.layers[0]["q"], open_gguf(llama).layers[0]["q"])
+    for name, other, part in (
+        ("feed_forward_length", array(96, 96, 96), "2 positive numbers"),
+        ("feed_forward_length", array(96, 0), "2 positive numbers"),
+        ("feed_forward_length", array(96, 96), "blk.1.ffn_gate.weight"),
+        ("attention.head_count", array(4, 2), "differs between layers"),
+        ("attention.head_count_kv", array(0, 2), "differs between layers"),
+        ("attention.head_count_kv", array(0, 0), "is 0"),
+    ):
+        refuse(rewrite(llama, tmp_path / "bad.gguf", {**keys, f"llama.{name}": other}, cut, arch="deci"), part)
+
+
+def test_gemma3_windows_and_bases(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"num_hidden_layers": 7, "layer_types": None}
+    source = write_gguf(
+        open_huggingface(pico.write_model(tmp_path / "hf", "gemma3", **options)), F32, tmp_path / "g.gguf"
+    ).path
+    assert "gemma3.attention.sliding_window_pattern" not in gguf.GGUFReader(source).fields
+    path = tmp_path / "m.gguf"
+
+    def windows(keys: Mapping[str, GGUFValue | None]) -> list[int | None]:
+        return [shape.sliding_window for shape in open_gguf(rewrite(source, path, keys)).config.layers]
+
+    pattern = "gemma3.attention.sliding_window_pattern"
+    assert windows({}) == [12] * 5 + [None, 12]
+    assert windows({pattern: u32(2)}) == [12, None] * 3 + [12]
+    flags = GGUFValue([True, False, False, False, False, False, True], GGUFValueType.ARRAY, GGUFValueType.BOOL)
+    assert windows({pattern: flags}) == [12] + [None] * 5 + [12]
+    assert windows({"gemma3.attention.sliding_window": u32(0)}) == [None] * 7
+    assert windows({"gemma3.attention.sliding_window": None}) == [None] * 7
+    bases: dict[str, GGUFValue | None] = {"gemma3.rope.freq_base": f32(1e6), "gemma3.rope.freq_base_swa": None}
+    scaled = {"gemma3.rope.scaling.type": text("linear"), "gemma3.rope.scaling.factor": f32(8.0)}
+    layers = open_gguf(rewrite(source, path, bases | scaled)).config.layers
+    np.testing.assert_allclose(layers[0].frequencies[0], plain_frequencies(10000.0, 16))
+    np.testing.assert_allclose(np.array(layers[5].frequencies[0]) * 8, plain_frequencies(1e6, 16))
+    for keys, part in (
+        ({pattern: array(1, 0)}, "2 values for 7 layers"),
+        ({"gemma3.attention.key_length_swa": u32(8)}, "key_length_swa"),
+        ({"gemma3.final_logit_softcapping": f32(30.0)}, "capped logits"),
+    ):
+        refuse(rewrite(source, path, keys), part)
+
+
+@pytest.mark.parametrize(
+    ("kind", "keys", "part"),
+    [
+        ("gpt_neox", {"gptneox.rope.dimension_count": u32(7)}, "cannot be"),
+        ("gpt_neox", {"gptneox.rope.dimension_count": u32(32)}, "rope.dimension_count"),
+        ("gpt_neox", {"gptneox.use_parallel_residual": None}, "use_parallel_residual is missing"),
+        ("gpt_neox", {"gptneox.attention.layer_norm_epsilon": None}, "layer_norm_epsilon is missing"),
+        ("gpt_neox", {"gptneox.attention.head_count_kv": u32(2)}, "blk.0.attn_qkv.weight"),
+        ("gpt2", {"gpt2.context_length": u32(255)}, "position_embd.weight"),
+        ("mpt", {"mpt.attention.clamp_kqv": f32(6.0)}, "clamped attention"),
+        ("mpt", {"mpt.attention.max_alibi_bias": f32(-1.0)}, "max_alibi_bias"),
+        ("olmo2", {"olmo2.attention.sliding_window": u32(64)}, "sliding-window"),
+        ("qwen3", {"qwen3.rope.dimension_count": u32(8)}, "differ"),
+    ],
+)
+def test_keys_of_other_families(tmp_path: Path, kind: pico.Kind, keys: dict[str, GGUFValue | None], part: str) -> None:
+    model = open_huggingface(pico.write_model(tmp_path / "hf", kind))
+    source = write_gguf(model, F32, tmp_path / "source.gguf").path
+    refuse(rewrite(source, tmp_path / "bad.gguf", keys), part)
+
+
+def test_mixtures_of_experts(llama: Path, tmp_path: Path) -> None:
+    bad = rewrite(llama, tmp_path / "bad.gguf", {"llama.expert_count": u32(8)}, arch="qwen3moe")
+    refuse(bad, "qwen3moe with 8 experts: a mixture of experts is not supported")
 
 
 def test_half_split_architecture(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from gguf.gguf_writer import GGUFValue
 from transformers import AutoModelForCausalLM
 
 from a3q.errors import InputError, VerifyError
-from a3q.model import Model
+from a3q.model import LayerShape, Model
 from converters.gguf_reader import open_gguf
 from converters.gguf_writer import check_output, write_gguf
 from converters.hf_reader import open_huggingface
@@ -68,11 +68,10 @@ def test_round_trip(request: pytest.FixtureRequest, tmp_path: Path, which: str, 
     )
     back = open_gguf(path)
     assert back.config.tie_word_embeddings == model.config.tie_word_embeddings
-    np.testing.assert_allclose(back.config.frequencies, model.config.frequencies, rtol=1e-6)
-    for mine, theirs in [
-        ({"embed": back.embed, "final_norm": back.final_norm}, {"embed": model.embed, "final_norm": model.final_norm}),
-        *zip(back.layers, model.layers, strict=True),
-    ]:
+    for one, other in zip(back.config.layers, model.config.layers, strict=True):
+        np.testing.assert_allclose(one.frequencies, other.frequencies, rtol=1e-6)
+    assert back.layer_roles == model.layer_roles
+    for mine, theirs in [(back.top, model.top), *zip(back.layers, model.layers, strict=True)]:
         assert mine.keys() == theirs.keys()
         for role, weight in theirs.items():
             # Relative to the largest weight of the tensor: what block quantization keeps. 1-D tensors are exact.
@@ -96,22 +95,18 @@ def test_round_trip(request: pytest.FixtureRequest, tmp_path: Path, which: str, 
 
 def test_reduced_model(llama: Model, tmp_path: Path) -> None:
     """Head size below hidden / heads, frequencies chosen freely, a smaller MLP: reads back as it was."""
-    config = replace(
-        llama.config,
-        head_dim=8,
-        v_head_dim=8,
-        intermediate_size=64,
-        frequencies=(1.0, 0.31, 0.05, 0.001),
-        num_hidden_layers=2,
-    )
-    roles = [role for role in llama.family.layer if role.name in llama.layers[0]]
+    shape = LayerShape(8, 8, 64, ((1.0, 0.31, 0.05, 0.001),))
+    config = replace(llama.config, layers=(shape, shape))
+    roles = [role for role in llama.family.layer if role.name in llama.layer_roles]
     torch.manual_seed(0)
-    layers = [{role.name: torch.randn(role.expected_shape(config)) for role in roles} for _ in range(2)]
+    layers = [{role.name: torch.randn(role.expected_shape(config, shape)) for role in roles} for _ in range(2)]
     before = [{name: weight.clone() for name, weight in layer.items()} for layer in layers]
     path = write_gguf(replace(llama, config=config, layers=layers), resolve_quant("f32"), tmp_path / "r.gguf").path
     back = open_gguf(path)
-    assert replace(back.config, frequencies=(), rms_norm_eps=0) == replace(config, frequencies=(), rms_norm_eps=0)
-    np.testing.assert_allclose(back.config.frequencies, config.frequencies, rtol=1e-6)
+    [found] = set(back.config.layers)
+    np.testing.assert_allclose(found.frequencies, shape.frequencies, rtol=1e-6)
+    assert replace(back.config, layers=config.layers, norm_eps=config.norm_eps) == config
+    assert replace(found, frequencies=shape.frequencies) == shape
     for mine, theirs, kept in zip(back.layers, layers, before, strict=True):
         for role, weight in kept.items():
             assert torch.equal(theirs[role], weight)  # the caller's are untouched
