@@ -1,9 +1,11 @@
-"""OV: values and the output projection meet in `head_dim` inner dimensions; keep `r` of them.
+"""OV: values and the output projection meet in `d` inner dimensions; keep `r` of them.
 
-A3's optimum (arXiv 2505.12942, OV component) through the moment of the attention-averaged values: with
-`S = C_o^{1/2}`, the SVD of `S W_o` gives the subspace, `P = S^{-1} U_r`. With several query heads per value head, `S`
-comes from their mean, the SVD from their weights side by side, and each head's output weight is then refitted to its
-own moment: `Q_h = (PᵀC_hP)^{-1} PᵀC_h`.
+A3's optimum (arXiv 2505.12942, OV component) through a second moment: with `S = C^{1/2}`, the SVD of `S W_o` gives the
+subspace, `P = S^{-1} U_r`, and `W_o` becomes `U_rᵀ S W_o`. `C` is the moment of the attention-averaged values for one
+query head a value head; with several, A3 takes the values' own moment and the heads' weights side by side.
+
+a3q keeps the attention-averaged moments for several heads too: `S` from their mean, and each head's output weight
+refitted to its own moment, `Q_h = (PᵀC_hP)^{-1} PᵀC_h`. For one head that is the same as A3's.
 """
 
 from __future__ import annotations
@@ -26,12 +28,16 @@ class OVSolution:
     loss: float
 
 
-def solve_ov(o_moment: Tensor, w_o: Tensor, groups: int, r: int) -> OVSolution:
-    """Projections for `o_moment` `[H, d, d]` and `w_o` `[H, d, hidden]` (head h's slice, inputs first)."""
+def solve_ov(o_moment: Tensor, w_o: Tensor, groups: int, r: int, v_moment: Tensor | None = None) -> OVSolution:
+    """Projections for `o_moment` `[H, d, d]` and `w_o` `[H, d, hidden]` (head h's slice, inputs first).
+
+    With `v_moment` `[G, d, d]`, A3's own solution: the subspace from the values, no refit. The loss is under `o_moment`
+    either way.
+    """
     H, d, _ = o_moment.shape
     C = o_moment.double().view(groups, H // groups, d, d)
     W = w_o.double().view(groups, H // groups, d, -1)
-    eigenvalues, Q = torch.linalg.eigh(C.mean(1))
+    eigenvalues, Q = torch.linalg.eigh(C.mean(1) if v_moment is None else v_moment.double())
     floor = (eigenvalues[:, -1:] * RIDGE).clamp_min(torch.finfo(torch.float32).tiny)
     root = eigenvalues.clamp_min(0).maximum(floor).sqrt()[:, None]
     S, S_inverse = (Q * root) @ Q.mT, (Q / root) @ Q.mT
@@ -39,19 +45,25 @@ def solve_ov(o_moment: Tensor, w_o: Tensor, groups: int, r: int) -> OVSolution:
     # Left singular vectors of the wide [d, heads · hidden] matrix, from its d × d Gram matrix.
     SW = S[:, None] @ W
     _, U = torch.linalg.eigh((SW @ SW.mT).sum(1))
-    P = S_inverse @ U[..., -r:].flip(-1)
+    U = U[..., -r:].flip(-1)
+    P = S_inverse @ U
+    fit = _refit(P, C, r) if v_moment is None else (U.mT @ S)[:, None].expand(-1, H // groups, -1, -1)
 
+    error = W - P[:, None] @ (fit @ W)
+    lost = (error * (C @ error)).sum().clamp_min(0)
+    total = (W * (C @ W)).sum().clamp_min(torch.finfo(torch.float32).tiny)
+    P, fit = _balance(P, fit, W)
+    return OVSolution(P, fit.reshape(H, r, d), float(lost / total))
+
+
+def _refit(P: Tensor, C: Tensor, r: int) -> Tensor:
+    """`(PᵀC_hP)^{-1} PᵀC_h` for P `[G, d, r]` and C `[G, heads, d, d]`."""
     PC = P.mT[:, None] @ C
     gram = PC @ P[:, None]
     scale = gram.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(torch.finfo(torch.float32).tiny)
     eye = torch.eye(r, dtype=gram.dtype, device=gram.device)
-    fit = torch.linalg.solve(gram + RIDGE * scale[..., None, None] * eye, PC)
-
-    error = W - P[:, None] @ (fit @ W)
-    lost = (error * (C @ error)).sum()
-    total = (W * (C @ W)).sum().clamp_min(torch.finfo(torch.float32).tiny)
-    P, fit = _balance(P, fit, W)
-    return OVSolution(P, fit.reshape(H, r, d), float(lost / total))
+    fit: Tensor = torch.linalg.solve(gram + RIDGE * scale[..., None, None] * eye, PC)
+    return fit
 
 
 def _balance(P: Tensor, fit: Tensor, W: Tensor) -> tuple[Tensor, Tensor]:

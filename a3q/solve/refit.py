@@ -17,3 +17,16 @@ def refit(gram: Tensor, cross: Tensor, prior: Tensor, ridge: float) -> Tensor:
     damped = gram + strength * torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
     weight: Tensor = torch.linalg.solve(damped, cross.double() + strength * prior)
     return weight
+
+
+def refit_with_bias(
+    gram: Tensor, cross: Tensor, x_mean: Tensor, y_mean: Tensor, prior: Tensor, ridge: float
+) -> tuple[Tensor, Tensor]:
+    """The same with an intercept: `argmin E‖xW + b − y‖² + λ‖W − prior‖²` as `(W, b)`.
+
+    At the optimum `b = E[y] − E[x] W`, which leaves the plain problem on moments about the means `[n]`, `[out]`.
+    """
+    x_mean, y_mean = x_mean.double(), y_mean.double()
+    centred, crossed = gram.double() - x_mean.outer(x_mean), cross.double() - x_mean.outer(y_mean)
+    weight = refit(centred, crossed, prior, ridge)
+    return weight, y_mean - x_mean @ weight

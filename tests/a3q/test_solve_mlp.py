@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor
 
-from a3q.solve.mlp import RIDGE, solve_mlp, unit_scores
+from a3q.solve.mlp import RIDGE, damped_cholesky, mlp_losses, solve_mlp, unit_scores
 
 UNITS, HIDDEN, ROWS = 12, 7, 300
 
@@ -77,6 +79,67 @@ def test_keeping_every_unit_is_the_identity(m: Tensor) -> None:
     bound = RIDGE * C.diagonal().mean() / torch.linalg.eigvalsh(C)[0]
     assert (solution.down - W).norm() < bound * W.norm() < 0.1 * W.norm()
     assert solution.loss < 1e-6
+
+
+@pytest.mark.parametrize("keep", [1, 5, 9, UNITS])
+def test_without_refit_the_kept_columns_stay(m: Tensor, keep: int) -> None:
+    """A3's CUR: the same units, their old weights bit for bit, and the loss of that."""
+    plain, refitted = (solve_mlp(moment(m), W, keep, refit=refit) for refit in (False, True))
+    assert torch.equal(plain.kept, refitted.kept)
+    assert torch.equal(plain.down, W[:, plain.kept])
+    assert plain.loss == pytest.approx(relative_error(m, plain.kept, plain.down), rel=1e-9, abs=1e-12)
+    assert plain.loss > refitted.loss or keep == UNITS
+
+
+def test_losses_by_size_are_those_of_solving_at_each_size(m: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One factorization for all sizes, against one solve a size: equal without the ridge, and close with it."""
+    keeps = list(range(1, UNITS + 1))
+
+    def both() -> tuple[list[float], list[float]]:
+        return mlp_losses(moment(m), W, keeps), [solve_mlp(moment(m), W, keep).loss for keep in keeps]
+
+    together, apart = both()
+    assert together == pytest.approx(apart, rel=0.02, abs=2 * RIDGE)
+    assert together[-1] < 1e-12
+    assert all(after <= before for before, after in pairwise(together))
+    assert together[0] > 0.3
+    monkeypatch.setattr("a3q.solve.mlp.RIDGE", 1e-13)
+    together, apart = both()
+    assert together == pytest.approx(apart, rel=1e-7, abs=1e-10)
+    some = mlp_losses(moment(m), W, [9, 2, 5])
+    assert some == pytest.approx([together[8], together[1], together[4]], rel=1e-12)
+
+
+def test_losses_without_refit_are_those_of_what_is_dropped(m: Tensor) -> None:
+    keeps = list(range(1, UNITS + 1))
+    together = mlp_losses(moment(m), W, keeps, refit=False)
+    apart = [solve_mlp(moment(m), W, keep, refit=False) for keep in keeps]
+    assert together == pytest.approx([one.loss for one in apart], rel=1e-9, abs=1e-12)
+    assert together == pytest.approx([relative_error(m, one.kept, one.down) for one in apart], rel=1e-9, abs=1e-12)
+    assert together[-1] == 0
+    assert mlp_losses(torch.zeros(UNITS, UNITS), W, [3, UNITS], refit=False) == [0, 0]
+
+
+def test_losses_of_dead_units_are_zero_and_of_a_dead_mlp_finite(m: Tensor) -> None:
+    m[:, [2, 7, 8]] = 0
+    assert mlp_losses(moment(m), W, [UNITS - 3, UNITS])[0] < 1e-4
+    # A share of nothing is any share.
+    assert all(0 <= loss <= 1 for loss in mlp_losses(torch.zeros(UNITS, UNITS), W, [3, UNITS]))
+    assert mlp_losses(moment(m), torch.zeros(HIDDEN, UNITS), [3, UNITS]) == [0, 0]
+
+
+def test_the_ridge_grows_until_an_indefinite_moment_factors(m: Tensor) -> None:
+    """As float32 sums can leave it; NaN are told apart from that."""
+    gram = moment(m) - 0.05 * torch.eye(UNITS, dtype=torch.float64)
+    assert torch.linalg.eigvalsh(gram)[0] < 0
+    ridge = torch.tensor(1e-4, dtype=torch.float64)
+    factor = damped_cholesky(gram, ridge)
+    added = (factor @ factor.T - gram).diagonal()
+    torch.testing.assert_close(added, added[:1].expand(UNITS))
+    assert float(added[0]) in (pytest.approx(10.0**-n) for n in range(5))
+    assert solve_mlp(gram, W, 5).down.isfinite().all()
+    with pytest.raises(ValueError, match="NaN"):
+        damped_cholesky(gram * torch.nan, ridge)
 
 
 def test_a_unit_that_repeats_others_costs_nothing(m: Tensor) -> None:

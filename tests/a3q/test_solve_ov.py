@@ -88,6 +88,51 @@ def test_each_head_is_refitted_by_least_squares_on_its_own_values() -> None:
         assert relative_error(x, w_o, product(other, w_o, 2)) > solution.loss * (1 + 1e-6)
 
 
+@pytest.mark.parametrize(("heads", "groups"), [(4, 2), (3, 1), (3, 3)])
+@pytest.mark.parametrize("r", [2, 5])
+def test_the_papers_solution_is_one_svd_over_the_values_own_moment(heads: int, groups: int, r: int) -> None:
+    """With shared values: `C_v^{1/2} [W_o …]` truncated; the loss reported is under the attention-averaged values."""
+    each = heads // groups
+    x, values, w_o = skewed(heads, seed=40), skewed(groups, seed=42), random(heads, D, HIDDEN, seed=44)
+    C_v = moment(values)
+    solution = solve_ov(moment(x), w_o, groups, r, C_v)
+    best = []
+    for g in range(groups):
+        root = symmetric_root(C_v[g])
+        U, sigma, Vh = torch.linalg.svd(root @ torch.cat(tuple(w_o[g * each : (g + 1) * each]), -1))
+        truncated = torch.linalg.solve(root, (U[:, :r] * sigma[:r]) @ Vh[:r])
+        best.append(truncated.view(D, each, HIDDEN).transpose(0, 1))
+    ours = product(solution, w_o, groups)
+    assert (ours - torch.cat(best)).norm() < 1e-6 * ours.norm()
+    assert solution.loss == pytest.approx(relative_error(x, w_o, ours), rel=1e-9)
+
+
+@pytest.mark.parametrize("r", [1, 4, 7])
+def test_attention_weights_and_a_refit_for_each_head_lose_no_more_than_the_paper(r: int) -> None:
+    """What counts is the loss under each head's attention-averaged values; the paper's subspace is of the values."""
+    for seed in range(5):
+        x, w_o = skewed(4, seed=50 + 4 * seed), random(4, D, HIDDEN, seed=52 + 4 * seed)
+        C, C_v = moment(x), moment(skewed(2, seed=53 + 4 * seed))
+        assert solve_ov(C, w_o, 2, r).loss < solve_ov(C, w_o, 2, r, C_v).loss
+    # One head a value head, and values that are all attended alike: then both say the same.
+    C, w_o = moment(skewed(3, seed=70)), random(3, D, HIDDEN, seed=72)
+    ours, papers = solve_ov(C, w_o, 3, r), solve_ov(C, w_o, 3, r, C)
+    assert (product(ours, w_o, 3) - product(papers, w_o, 3)).norm() < 1e-5 * w_o.norm()
+    assert ours.loss == pytest.approx(papers.loss, rel=1e-9)
+
+
+def test_no_change_of_the_value_projection_does_better_for_one_head_a_value_head() -> None:
+    """The optimum over both factors, not only over the refitted one."""
+    x, w_o = skewed(3, seed=74), random(3, D, HIDDEN, seed=76)
+    solution = solve_ov(moment(x), w_o, 3, 4)
+    for seed in range(20):
+        for size in (1e-3, 0.05, 0.5):
+            value = solution.value + size * solution.value.abs().mean() * random(3, D, 4, seed=seed)
+            output = solution.output + size * solution.output.abs().mean() * random(3, 4, D, seed=100 + seed)
+            for other in (OVSolution(value, solution.output, 0.0), OVSolution(value, output, 0.0)):
+                assert relative_error(x, w_o, product(other, w_o, 3)) > solution.loss
+
+
 def test_grouped_heads_lose_less_than_their_best_coordinates() -> None:
     """The shared subspace beats keeping the values' own strongest dimensions, each head refitted in both cases."""
     x, w_o = skewed(4, seed=9), random(4, D, HIDDEN, seed=11)

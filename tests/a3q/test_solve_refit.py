@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from a3q.solve.refit import refit
+from a3q.solve.refit import refit, refit_with_bias
 
 N, OUT, ROWS = 6, 4, 80
 
@@ -57,3 +57,50 @@ def test_a_dead_input_keeps_its_prior_and_the_others_are_fitted_without_it() -> 
     strength = 0.1 * x.square().sum() / ROWS / N
     gram = small.T @ small / ROWS + strength * torch.eye(5, dtype=torch.float64)
     torch.testing.assert_close((fitted - PRIOR)[alive], torch.linalg.solve(gram, small.T @ y / ROWS))
+
+
+SHIFT = random(1, N, seed=4)
+MOVED, RAISED = X + SHIFT, Y + 3 * random(1, OUT, seed=5)
+
+
+def solved_with_bias(x: Tensor, y: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    return refit_with_bias(x.T @ x / ROWS, x.T @ y / ROWS, x.mean(0), y.mean(0), PRIOR, ridge)
+
+
+@pytest.mark.parametrize("ridge", [1e-12, 0.1, 10.0])
+def test_an_intercept_equals_least_squares_with_a_column_of_ones(ridge: float) -> None:
+    """The intercept itself is not held back; the pull is over the mean variance of the inputs."""
+    root = (ridge * (MOVED - MOVED.mean(0)).square().sum() / N).sqrt()
+    ones, nothing = torch.ones(ROWS, 1, dtype=torch.float64), torch.zeros(N, 1, dtype=torch.float64)
+    rows = torch.cat((torch.cat((MOVED, ones), 1), torch.cat((root * torch.eye(N, dtype=torch.float64), nothing), 1)))
+    stacked = torch.linalg.lstsq(rows, torch.cat((RAISED, root * PRIOR))).solution
+    weight, bias = solved_with_bias(MOVED, RAISED, ridge)
+    torch.testing.assert_close(weight, stacked[:N], rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(bias, stacked[N], rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("ridge", [1e-6, 0.1, 1e6])
+def test_an_intercept_takes_away_the_mean_error(ridge: float) -> None:
+    weight, bias = solved_with_bias(MOVED, RAISED, ridge)
+    error = MOVED @ weight + bias - RAISED
+    assert error.mean(0).abs().max() < 1e-10
+    assert error.square().sum() < (MOVED @ solved_on(MOVED, RAISED, ridge) - RAISED).square().sum()
+
+
+def solved_on(x: Tensor, y: Tensor, ridge: float) -> Tensor:
+    return refit(x.T @ x / ROWS, x.T @ y / ROWS, PRIOR, ridge)
+
+
+def test_without_means_the_intercept_is_zero_and_the_weight_the_plain_one() -> None:
+    x, y = X - X.mean(0), Y - Y.mean(0)
+    weight, bias = solved_with_bias(x, y, 0.1)
+    torch.testing.assert_close(weight, solved_on(x, y, 0.1))
+    assert bias.abs().max() < 1e-12
+
+
+def test_a_constant_or_dead_input_keeps_its_prior_beside_an_intercept() -> None:
+    x = MOVED.clone()
+    x[:, 2], x[:, 4] = 0, 5
+    weight, bias = solved_with_bias(x, RAISED, 0.1)
+    torch.testing.assert_close(weight[[2, 4]], PRIOR[[2, 4]])
+    torch.testing.assert_close(bias, (RAISED - x @ weight).mean(0))

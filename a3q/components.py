@@ -1,0 +1,198 @@
+"""A3's step on the weights of one layer: each function solves one component and puts the smaller weights in place."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from a3q.model import Layer, LayerShape, ModelConfig
+from a3q.solve.mlp import solve_mlp
+from a3q.solve.ov import OVSolution, solve_ov
+from a3q.solve.qk import (
+    QKSolution,
+    pair_energy,
+    select_frequencies,
+    select_pairs,
+    solve_pairs,
+    solve_plain,
+    split_dimensions,
+)
+from a3q.statistics import AttentionStatistics
+
+SWEEPS = 12
+"""Alternations of the mixing of RoPE pairs; the loss hardly falls after these."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a layer is reduced."""
+
+    name: str = "a3q"
+    """`paper`: selection of RoPE pairs, OV and CUR as A3 has them. `a3q`: pairs are mixed and every output refitted."""
+    frequencies: str = "shared"
+    """`shared`: all heads of all layers keep the same RoPE frequencies, as stock GGUF runtimes need; or `per_head`."""
+
+    @property
+    def fitted(self) -> bool:
+        """Whether a3q's own steps are taken beyond the paper's."""
+        return self.name == "a3q"
+
+
+def _per_head(rows: Tensor, heads: int) -> Tensor:
+    """`[heads · d, …]` to `[heads, d, columns]`, a bias as one column."""
+    return rows.reshape(heads, rows.shape[0] // heads, -1)
+
+
+def _store(w: Layer, role: str, per_head: Tensor) -> None:
+    """Put per-head rows `[heads, r, columns]` under `role`, as a matrix or a bias as before."""
+    flat = per_head.reshape(-1) if w[role].dim() == 1 else per_head.reshape(-1, per_head.shape[-1])
+    w[role] = flat.float().contiguous()
+
+
+def reduce_qk(
+    config: ModelConfig, shape: LayerShape, w: Layer, statistics: AttentionStatistics, r: int, method: Method
+) -> tuple[tuple[tuple[float, ...], ...], float]:
+    """Queries and keys of `r` dimensions, in place; the frequencies they turn at, and the share of energy lost."""
+    C_q, C_k = statistics.q.mean(), statistics.k.mean()
+    kept, rest = _kept_dimensions(shape, C_q, C_k, r, method)
+    if config.qk_norm is None:
+        solution = _solve_qk(shape, C_q, C_k, statistics, kept, rest, method)
+        # Scores are divided by sqrt(r), the model was trained with sqrt(d).
+        rescale = math.sqrt(r / shape.qk_head_dim)
+        for side, mix, heads in (
+            ("q", solution.query * rescale, config.num_attention_heads),
+            ("k", solution.key, config.num_key_value_heads),
+        ):
+            for role in (side, f"{side}_bias"):
+                if role in w:
+                    _store(w, role, mix @ _per_head(w[role], heads).double())
+        loss = solution.loss
+    else:
+        _select_normed(config, shape, w, C_q, C_k, kept)
+        loss = _selection_loss(C_q, C_k, kept)
+    lists = [shape.frequencies[0]] * len(kept) if len(shape.frequencies) == 1 else list(shape.frequencies)
+    frequencies = tuple(
+        tuple(own[i] for i in indices) for own, indices in zip(lists, kept.tolist(), strict=False) if own
+    )
+    return (frequencies[:1] if len(set(frequencies)) == 1 else frequencies), loss
+
+
+def qk_loss(config: ModelConfig, shape: LayerShape, statistics: AttentionStatistics, r: int, method: Method) -> float:
+    """The share of energy that `reduce_qk` would lose."""
+    C_q, C_k = statistics.q.mean(), statistics.k.mean()
+    kept, rest = _kept_dimensions(shape, C_q, C_k, r, method)
+    if config.qk_norm is not None:
+        return _selection_loss(C_q, C_k, kept)
+    return _solve_qk(shape, C_q, C_k, statistics, kept, rest, method).loss
+
+
+def _kept_dimensions(shape: LayerShape, C_q: Tensor, C_k: Tensor, r: int, method: Method) -> tuple[Tensor, int]:
+    """Indices `[G, R]` of the rotated pairs that each key head keeps, and how many of its other dimensions."""
+    count, turned = shape.pairs, 2 * shape.pairs
+    keep, rest = split_dimensions(C_q, C_k, count, r)
+    if method.frequencies == "shared":
+        same = torch.tensor(select_frequencies(count, keep), dtype=torch.int64, device=C_q.device)
+        return same.expand(len(C_k), -1), rest
+    energy = pair_energy(C_q[:, :turned, :turned], C_k[:, :turned, :turned])
+    return select_pairs(energy, keep, keep // 2 if method.fitted else 0), rest
+
+
+def _solve_qk(
+    shape: LayerShape,
+    C_q: Tensor,
+    C_k: Tensor,
+    statistics: AttentionStatistics,
+    kept: Tensor,
+    rest: int,
+    method: Method,
+) -> QKSolution:
+    turned = 2 * shape.pairs
+    parts = []
+    if turned:
+        frequencies = torch.tensor(shape.frequencies, dtype=torch.float64, device=C_q.device)
+        rotated_q, rotated_k = C_q[:, :turned, :turned], C_k[:, :turned, :turned]
+        sweeps = SWEEPS if method.fitted else 0
+        parts.append(solve_pairs(rotated_q, rotated_k, statistics.distances(), frequencies, kept, sweeps))
+    if turned < shape.qk_head_dim:
+        parts.append(solve_plain(C_q[:, turned:, turned:], C_k[:, turned:, turned:], rest))
+    if len(parts) == 1:
+        return parts[0]
+
+    def diagonal(a: Tensor, b: Tensor) -> Tensor:
+        return torch.cat((F.pad(a, (0, b.shape[-1])), F.pad(b, (a.shape[-1], 0))), dim=-2)
+
+    a, b = parts
+    return QKSolution(diagonal(a.query, b.query), diagonal(a.key, b.key), a.lost + b.lost, a.energy + b.energy)
+
+
+def _select_normed(config: ModelConfig, shape: LayerShape, w: Layer, C_q: Tensor, C_k: Tensor, kept: Tensor) -> None:
+    """Keep pairs of heads whose queries and keys are normed: rows, and the norms' weights, which make up for the scale.
+
+    Over fewer dimensions the root mean square is another; its mean square ratio to the old one goes into the weight.
+    """
+    rows = torch.cat((kept, kept + shape.pairs), dim=-1)
+    r = rows.shape[-1]
+    for side, C, heads in (("q", C_q, config.num_attention_heads), ("k", C_k, config.num_key_value_heads)):
+        own = rows.repeat_interleave(heads // len(rows), dim=0)
+        for role in (side, f"{side}_bias"):
+            if role in w:
+                per_head = _per_head(w[role], heads)
+                _store(w, role, per_head.gather(1, own[:, :, None].expand(-1, -1, per_head.shape[-1])))
+        weight = w[f"{side}_norm"].view(-1, shape.qk_head_dim).expand(heads, -1).double()
+        # E[x²] of the normed input before its weight; a weight of zero hides it, and such a dimension carries nothing.
+        square = C.diagonal(dim1=-2, dim2=-1).double() / weight.square().clamp_min(1e-12)
+        # What all of them lack to one is the share of the norm's epsilon, which stays.
+        ratio = 1 - square.mean(-1, keepdim=True) + square.gather(1, own).mean(-1, keepdim=True)
+        if config.qk_norm == "all":
+            ratio = ratio.mean(0, keepdim=True)
+        scale = ratio.sqrt() * (math.sqrt(r / shape.qk_head_dim) if side == "q" else 1.0)
+        w[f"{side}_norm"] = (weight.gather(1, own) * scale).flatten().float()
+
+
+def _selection_loss(C_q: Tensor, C_k: Tensor, kept: Tensor) -> float:
+    energy = pair_energy(C_q, C_k)
+    lost = energy.sum() - energy.gather(1, kept).sum()
+    return float(lost / energy.sum().clamp_min(torch.finfo(torch.float32).tiny))
+
+
+def spread_norms(config: ModelConfig, w: Layer) -> None:
+    """Give every head its own copy of the norms' weights that all heads shared."""
+    for role, heads in (("q_norm", config.num_attention_heads), ("k_norm", config.num_key_value_heads)):
+        if config.qk_norm == "head":
+            w[role] = w[role].repeat(heads)
+
+
+def ov_loss(config: ModelConfig, w: Layer, statistics: AttentionStatistics, r: int, method: Method) -> float:
+    """The share of energy that `reduce_ov` would lose."""
+    return _solve_ov(config, w, statistics, r, method).loss
+
+
+def _solve_ov(config: ModelConfig, w: Layer, statistics: AttentionStatistics, r: int, method: Method) -> OVSolution:
+    H, G = config.num_attention_heads, config.num_key_value_heads
+    values = None if method.fitted or H == G else statistics.v.mean()
+    return solve_ov(statistics.o.mean(), _per_head(w["o"].T, H), G, r, values)
+
+
+def reduce_ov(config: ModelConfig, w: Layer, statistics: AttentionStatistics, r: int, method: Method) -> float:
+    """Values of `r` dimensions, in place; the share of energy lost."""
+    H, G = config.num_attention_heads, config.num_key_value_heads
+    solution = _solve_ov(config, w, statistics, r, method)
+    for role in ("v", "v_bias"):
+        if role in w:
+            _store(w, role, solution.value.mT @ _per_head(w[role], G).double())
+    w["o"] = (solution.output @ _per_head(w["o"].T, H).double()).reshape(H * r, -1).T.float().contiguous()
+    return solution.loss
+
+
+def reduce_mlp(w: Layer, m_moment: Tensor, keep: int, method: Method) -> tuple[Tensor, float]:
+    """`keep` units, in place; their indices and the share of energy lost."""
+    solution = solve_mlp(m_moment, w["down"], keep, refit=method.fitted)
+    for role in ("gate", "up", "gate_bias", "up_bias"):
+        if role in w:
+            w[role] = w[role][solution.kept].contiguous()
+    w["down"] = solution.down.float().contiguous()
+    return solution.kept, solution.loss
