@@ -1,38 +1,49 @@
-"""The choice of inner dimensions: known models, and what must hold for every model, ratio and block."""
+"""The choice of inner dimensions: known models, and what must hold for every model, ratio, grid and block."""
 
 from __future__ import annotations
 
 import itertools
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 
-from a3q.dimensions import HEAD_STEP, UNIT_STEP, Choice, candidates, component_parameters, head_grid, make_choice
-from a3q.families import FAMILIES, Family, family_for_hf
-from a3q.model import ModelConfig
-from a3q.reduce import Dimensions
+from a3q.dimensions import (
+    ALL,
+    Grid,
+    Plan,
+    Request,
+    folder_grid,
+    gguf_grid,
+    make_plan,
+    mixed,
+    settle,
+    size_of,
+    uniform,
+    unit_costs,
+    unreduced,
+)
+from a3q.errors import InputError
+from a3q.families import COMPONENTS, FAMILIES, Component, Family, family_for_hf
+from a3q.model import LayerShape, ModelConfig, plain_frequencies
+from a3q.sensitivity import Sensitivity
 
 LLAMA = family_for_hf("llama", "test")
+QWEN3 = family_for_hf("qwen3", "test")
+GPT2 = family_for_hf("gpt2", "test")
+OPT = family_for_hf("opt", "test")
 BLOCKS = (1, 32, 256)
 RATIOS = (0.01, 0.05, 0.1, 0.2, 0.25, 0.3, 1 / 3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.9)
+HEADS: frozenset[Component] = frozenset(("QK", "OV"))
+MLP: frozenset[Component] = frozenset(("MLP",))
 
 
-def config(hidden: int, heads: int, kv_heads: int, head_dim: int, intermediate: int) -> ModelConfig:
-    frequencies = tuple(10000.0 ** (-2 * i / head_dim) for i in range(head_dim // 2))
-    return ModelConfig(
-        num_hidden_layers=2,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=head_dim,
-        v_head_dim=head_dim,
-        vocab_size=1000,
-        max_position_embeddings=2048,
-        rms_norm_eps=1e-5,
-        rope_theta=10000.0,
-        frequencies=frequencies,
-        tie_word_embeddings=True,
-    )
+def config(hidden: int, heads: int, kv_heads: int, head_dim: int, *units: int) -> ModelConfig:
+    """Layers with MLPs of these sizes; two alike if there is one."""
+    frequencies = (plain_frequencies(10000.0, head_dim),)
+    layers = tuple(LayerShape(head_dim, head_dim, n, frequencies) for n in (units * 2 if len(units) == 1 else units))
+    return ModelConfig(layers, hidden, heads, kv_heads, 1000, 2048, 1e-5, True)
 
 
 CONFIGS = {
@@ -45,10 +56,147 @@ CONFIGS = {
     "tiny": config(64, 4, 2, 16, 96),
     "smallest": config(16, 2, 1, 8, 24),
 }
+REAL = ["smollm2-135m", "qwen2-0.5b", "tinyllama-1.1b", "llama-2-7b", "llama-3.1-8b"]
 
 
-def sizes(choices: list[Choice]) -> list[tuple[int, int, int]]:
-    return [(d.head_dim, d.v_head_dim, d.intermediate_size) for d in (choice.dimensions for choice in choices)]
+def sizes(plans: Sequence[Plan]) -> list[tuple[int, int, int]]:
+    """The sizes of plans whose layers are all alike."""
+    assert all(len(set(plan.dimensions)) == 1 for plan in plans)
+    firsts = [plan.dimensions[0] for plan in plans]
+    return [(one.qk_head_dim, one.v_head_dim, one.intermediate_size) for one in firsts]
+
+
+def column(plan: Plan, component: Component) -> list[int]:
+    """Sizes of a component, layer by layer."""
+    names = {"QK": "qk_head_dim", "OV": "v_head_dim", "MLP": "intermediate_size"}
+    return [getattr(one, names[component]) for one in plan.dimensions]
+
+
+def evenly(of: ModelConfig, ratio: float, block: int, **request: object) -> list[Plan]:
+    return uniform(LLAMA, of, gguf_grid(LLAMA, block), replace(Request(ratio), **request))  # type: ignore[arg-type]
+
+
+# What is asked
+
+
+def test_groups() -> None:
+    assert Request(0.25).groups() == [(ALL, 0.25)]
+    assert Request(0.0).groups() == []
+    assert Request(0.0).reduced == frozenset()
+    assert Request(0.5, MLP).groups() == [(MLP, 0.5)]
+    apart = Request(0.25, ALL, {"MLP": 0.5})
+    assert apart.groups() == [(HEADS, 0.25), (MLP, 0.5)]
+    assert apart.reduced == ALL
+    assert Request(0.0, ALL, {"MLP": 0.5}).reduced == MLP
+    assert Request(0.25, ALL, {"MLP": 0.0}).reduced == HEADS
+    assert Request(0.25, MLP, {"MLP": 0.3}).groups() == [(MLP, 0.3)]
+
+
+def test_settle_takes_what_the_output_can_hold() -> None:
+    grid = gguf_grid(LLAMA, 32)
+    for request in (Request(0.25), Request(0.25, MLP), Request(0.25, ALL, {"MLP": 0.5}), Request(0.3, HEADS)):
+        assert settle(request, grid, LLAMA, True) == (request, None)
+    for family in FAMILIES:
+        request = Request(0.25, ALL, {"QK": 0.1, "OV": 0.5})
+        assert settle(request, folder_grid(CONFIGS["tiny"]), family, True) == (request, None)
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family.gguf and family.gguf.reduces != ALL])
+def test_settle_leaves_heads_that_cannot_shrink(family: Family) -> None:
+    grid = gguf_grid(family, 32)
+    request, note = settle(Request(0.25), grid, family, False)
+    assert request == Request(0.25, MLP)
+    assert note is not None
+    for part in (family.name, "OV and QK stay", "the ratio is of MLP", "a3q reduce"):
+        assert part in note
+    # Nothing is said where nothing was asked of them.
+    assert settle(Request(0.25, MLP), grid, family, True) == (Request(0.25, MLP), None)
+    assert settle(Request(0.0), grid, family, False) == (Request(0.0), None)
+    request, _ = settle(Request(0.25, ALL, {"MLP": 0.5}), grid, family, False)
+    assert request.groups() == [(MLP, 0.5)]
+
+
+@pytest.mark.parametrize(
+    ("family", "request_", "parts"),
+    [
+        (QWEN3, Request(0.25, HEADS), ("cannot hold ov and qk of qwen3 reduced", "--components mlp", "a3q reduce")),
+        (QWEN3, Request(0.25), ("cannot hold ov and qk of qwen3 reduced", "--components mlp")),
+        (GPT2, Request(0.25, frozenset(("QK",))), ("cannot hold qk of gpt2 reduced", "--components mlp")),
+    ],
+)
+def test_settle_refuses_what_was_named(family: Family, request_: Request, parts: tuple[str, ...]) -> None:
+    with pytest.raises(InputError) as caught:
+        settle(request_, gguf_grid(family, 32), family, True)
+    assert all(part in str(caught.value) for part in parts)
+    assert "\n" not in str(caught.value)
+
+
+def test_settle_refuses_a_ratio_for_what_cannot_shrink() -> None:
+    with pytest.raises(InputError, match="cannot hold qk of qwen3"):
+        settle(Request(0.25, MLP | {"QK"}, {"QK": 0.3}), gguf_grid(QWEN3, 1), QWEN3, False)
+
+
+def test_settle_without_a_gguf_architecture() -> None:
+    for explicit in (False, True):
+        with pytest.raises(InputError, match=r"of opt reduced; write a Hugging Face folder with a3q reduce$"):
+            settle(Request(0.25), gguf_grid(OPT, 1), OPT, explicit)
+
+
+@pytest.mark.parametrize(
+    ("request_", "asked"),
+    [
+        (Request(0.25, frozenset(("QK", "MLP"))), "OV 0, QK 0.25"),
+        (Request(0.25, frozenset(("OV",))), "OV 0.25, QK 0"),
+        (Request(0.25, ALL, {"QK": 0.5}), "OV 0.25, QK 0.5"),
+        (Request(0.25, ALL, {"QK": 0.5, "OV": 0.3}), "OV 0.3, QK 0.5"),
+        (Request(0.25, ALL, {"OV": 0.0}), "OV 0, QK 0.25"),
+    ],
+)
+def test_settle_wants_one_head_size(request_: Request, asked: str) -> None:
+    with pytest.raises(InputError, match=re.escape(f"one size for keys and values ({asked}); reduce QK and OV alike")):
+        settle(request_, gguf_grid(LLAMA, 1), LLAMA, False)
+    same = Request(0.25, ALL, {"QK": 0.4, "OV": 0.4})
+    assert settle(same, gguf_grid(LLAMA, 1), LLAMA, False) == (same, None)
+
+
+# Grids
+
+
+def test_head_sizes() -> None:
+    def heads(name: str, block: int) -> tuple[int, ...]:
+        of = CONFIGS[name]
+        found = {gguf_grid(LLAMA, block).sizes(of, of.layers[0], c) for c in HEADS}
+        assert len(found) == 1
+        return found.pop()
+
+    assert heads("smollm2-135m", 1) == (8, 16, 24, 32, 40, 48, 56, 64)
+    assert heads("smollm2-135m", 32) == (32, 64)
+    assert heads("smollm2-135m", 256) == (64,)
+    # Each key head serves several query heads; rows are as wide as all of the latter.
+    assert heads("tinyllama-1.1b", 256) == (8, 16, 24, 32, 40, 48, 56, 64)
+    assert heads("smallest", 1) == (8,)
+
+
+def test_mlp_sizes() -> None:
+    of = CONFIGS["odd-mlp"]
+    assert gguf_grid(LLAMA, 1).sizes(of, of.layers[0], "MLP")[-3:] == (4832, 4864, 4871)
+    assert gguf_grid(LLAMA, 256).sizes(of, of.layers[0], "MLP")[-3:] == (4608, 4864, 4871)
+
+
+@pytest.mark.parametrize("of", [*CONFIGS.values(), config(36, 3, 3, 12, 50), config(80, 1, 1, 80, 600)])
+def test_folder_sizes(of: ModelConfig) -> None:
+    grid = folder_grid(of)
+    assert (grid.components, grid.block, grid.one_head_size, grid.mixed_units) == (ALL, 1, False, True)
+    for component in COMPONENTS:
+        found = grid.sizes(of, of.layers[0], component)
+        assert found[-1] == size_of(of.layers[0], component)
+        assert list(found) == sorted(set(found))
+        # RoPE turns pairs, and kernels like even numbers.
+        assert all(size % 2 == 0 and size > 0 for size in found[:-1])
+        assert len(found) >= 3
+
+
+# All layers alike
 
 
 @pytest.mark.parametrize(
@@ -65,82 +213,272 @@ def sizes(choices: list[Choice]) -> list[tuple[int, int, int]]:
     ],
 )
 def test_a_quarter_of_known_models(name: str, block: int, expected: list[tuple[int, int, int]]) -> None:
-    found = candidates(LLAMA, CONFIGS[name], 0.25, block)
+    found = evenly(CONFIGS[name], 0.25, block)
     assert sizes(found) == expected
-    assert [choice.achieved for choice in found] == pytest.approx([0.25] * len(found), abs=1e-12)
-    assert all(choice.asked == 0.25 for choice in found)
+    assert [plan.achieved for plan in found] == pytest.approx([0.25] * len(found), abs=1e-12)
+    assert all(plan.asked == 0.25 and plan.predicted_kl is None for plan in found)
 
 
-def all_choices(of: ModelConfig, ratio: float, block: int) -> list[Choice]:
-    """Everything on the grid whose head size is next to the uniform one."""
-    step = max(UNIT_STEP, block)
-    units = {of.intermediate_size, *range(step, of.intermediate_size + 1, step)}
-    wanted = of.head_dim * (1 - ratio)
-    above = [r for r in head_grid(of, block) if r >= wanted]
-    below = [r for r in head_grid(of, block) if r <= wanted] or [min(head_grid(of, block))]
-    heads = {min(above), max(below)}
-    return [make_choice(LLAMA, of, Dimensions(r, r, n), ratio) for r, n in itertools.product(heads, units)]
+def neighbours(of: ModelConfig, ratio: float, grid: Grid) -> list[Plan]:
+    """Everything on the grid whose head size is next to the even split's."""
+    shape = of.layers[0]
+    wanted = shape.qk_head_dim * (1 - ratio)
+    options = grid.sizes(of, shape, "QK")
+    heads = {
+        min(r for r in options if r >= wanted),
+        max([r for r in options if r <= wanted], default=options[0]),
+    }
+    every = itertools.product(heads, grid.sizes(of, shape, "MLP"))
+    return [
+        make_plan(LLAMA, of, Request(ratio), [{"QK": r, "OV": r, "MLP": n}] * of.num_hidden_layers) for r, n in every
+    ]
 
 
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("of", CONFIGS.values(), ids=CONFIGS)
 def test_what_holds_for_every_candidate(of: ModelConfig, block: int) -> None:
-    parameters = component_parameters(LLAMA, of)
-    step = max(UNIT_STEP, block) / of.intermediate_size * parameters["MLP"] / sum(parameters.values())
+    grid, shape = gguf_grid(LLAMA, block), of.layers[0]
+    costs = unit_costs(LLAMA, of)
+    total = sum(costs[c] * size_of(shape, c) for c in COMPONENTS)
+    step = max(32, block) * costs["MLP"] / total
     for ratio in RATIOS:
-        found = candidates(LLAMA, of, ratio, block)
+        found = evenly(of, ratio, block)
         assert 1 <= len(found) <= 2
-        assert len({choice.dimensions for choice in found}) == len(found)
-        for choice in found:
-            r, v, n = sizes([choice])[0]
+        assert len({plan.dimensions for plan in found}) == len(found)
+        for plan in found:
+            r, v, n = sizes([plan])[0]
             assert r == v
-            assert r == of.head_dim or (0 < r < of.head_dim and r % HEAD_STEP == 0)
-            assert r == of.head_dim or of.num_attention_heads * r % block == 0
-            assert n == of.intermediate_size or (0 < n < of.intermediate_size and n % max(UNIT_STEP, block) == 0)
-            assert abs(choice.achieved - ratio) <= max(0.01, step) or len(found) == 1
-            assert choice == make_choice(LLAMA, of, choice.dimensions, ratio)
-        nearest = min(abs(choice.achieved - ratio) for choice in all_choices(of, ratio, block))
+            assert r in grid.sizes(of, shape, "QK")
+            assert n in grid.sizes(of, shape, "MLP")
+            assert abs(plan.achieved - ratio) <= max(0.01, step) or len(found) == 1
+            asked = [dict(zip(COMPONENTS, (r, v, n), strict=True))] * of.num_hidden_layers
+            assert plan == make_plan(LLAMA, of, Request(ratio), asked)
+        nearest = min(abs(plan.achieved - ratio) for plan in neighbours(of, ratio, grid))
         if len(found) == 1:
             assert abs(found[0].achieved - ratio) <= nearest + 1e-12, (ratio, found)
 
 
-@pytest.mark.parametrize("name", ["smollm2-135m", "qwen2-0.5b", "tinyllama-1.1b", "llama-2-7b", "llama-3.1-8b"])
+@pytest.mark.parametrize("name", REAL)
 def test_real_models_reach_what_is_asked(name: str) -> None:
     """Up to the ratio where the grid of 32 ends, within a step of it."""
     for ratio in (0.05, 0.1, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.75):
-        for choice in candidates(LLAMA, CONFIGS[name], ratio, 32):
-            assert choice.achieved == pytest.approx(ratio, abs=0.011), (ratio, choice)
+        for plan in evenly(CONFIGS[name], ratio, 32):
+            assert plan.achieved == pytest.approx(ratio, abs=0.011), (ratio, plan)
+
+
+def test_mlp_that_is_no_multiple_of_the_block() -> None:
+    """The even size is off the grid, so the MLP goes to the multiple next to what is missing."""
+    of = CONFIGS["odd-mlp"]
+    for block in (32, 256):
+        for plan in evenly(of, 0.25, block):
+            assert plan.dimensions[0].intermediate_size % block == 0
+            assert plan.achieved == pytest.approx(0.25, abs=0.03)
+    # Almost nothing asked: the original size stays, odd as it is.
+    assert sizes(evenly(of, 1e-6, 256)) == [(64, 64, 4871)]
+
+
+def test_components_that_are_not_asked_stay() -> None:
+    of = CONFIGS["llama-3.1-8b"]
+    assert sizes(evenly(of, 0.25, 1, components=MLP)) == [(128, 128, 10752)]
+    [heads] = evenly(of, 0.25, 1, components=HEADS)
+    assert sizes([heads]) == [(96, 96, 14336)]
+    assert (heads.asked, heads.achieved) == (0.25, 0.25)
+    assert heads.per_component == {"QK": 0.25, "OV": 0.25, "MLP": 0.0}
+    # Without the MLP to make up for it, the nearest size, and that is said.
+    [off] = evenly(CONFIGS["smollm2-135m"], 0.3, 32, components=HEADS)
+    assert sizes([off]) == [(32, 32, 1536)]
+    assert off.achieved == 0.5
+
+
+def test_ratios_of_their_own() -> None:
+    of = CONFIGS["llama-3.1-8b"]
+    [plan] = evenly(of, 0.25, 1, own={"MLP": 0.5})
+    assert sizes([plan]) == [(96, 96, 7168)]
+    costs = unit_costs(LLAMA, of)
+    weights = {c: costs[c] * size_of(of.layers[0], c) for c in COMPONENTS}
+    expected = (0.25 * (weights["QK"] + weights["OV"]) + 0.5 * weights["MLP"]) / sum(weights.values())
+    assert plan.asked == pytest.approx(expected)
+    assert plan.achieved == pytest.approx(expected)
+    free = Grid(ALL, 8, 32)
+    [plan] = uniform(LLAMA, of, free, Request(0.0, ALL, {"QK": 0.5, "OV": 0.25}))
+    assert sizes([plan]) == [(64, 96, 14336)]
+
+
+def test_layers_that_differ_already() -> None:
+    """Each loses the same share of what it has."""
+    of = config(576, 9, 3, 64, 1536, 1024, 512)
+    [plan] = evenly(of, 0.25, 1)
+    assert column(plan, "MLP") == [1152, 768, 384]
+    assert column(plan, "QK") == column(plan, "OV") == [48] * 3
+    assert plan.achieved == 0.25
+    narrow = replace(of.layers[1], qk_head_dim=32, v_head_dim=48)
+    of = replace(of, layers=(of.layers[0], narrow, of.layers[2]))
+    [plan] = uniform(LLAMA, of, Grid(ALL, 4, 32), Request(0.25))
+    assert (column(plan, "QK"), column(plan, "OV")) == ([48, 24, 48], [48, 36, 48])
+    for ratio in RATIOS:
+        for plan in uniform(LLAMA, of, Grid(ALL, 4, 32), Request(ratio)):
+            assert plan.achieved == pytest.approx(ratio, abs=0.03)
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_shares_per_component(family: Family) -> None:
     of = CONFIGS["smollm2-135m"]
-    assert component_parameters(family, of) == {
-        "QK": 576 * 64 * (9 + 3),
-        "OV": 576 * 64 * (9 + 3),
-        "MLP": 3 * 576 * 1536,
-    }
-    choice = make_choice(family, of, Dimensions(48, 32, 1152), 0.3)
-    assert choice.per_component == pytest.approx({"QK": 0.25, "OV": 0.5, "MLP": 0.25})
-    assert choice.achieved == pytest.approx(0.25 + 0.25 * 442368 / 3538944)
-    assert make_choice(family, of, Dimensions.of(of), 0.0).achieved == 0
+    gate = any(role.name == "gate" for role in family.layer)
+    assert unit_costs(family, of) == {"QK": 576 * 12, "OV": 576 * 12, "MLP": (2 + gate) * 576}
+    plan = make_plan(family, of, Request(0.3), [{"QK": 48, "OV": 32, "MLP": 1152}] * 2)
+    assert plan.per_component == pytest.approx({"QK": 0.25, "OV": 0.5, "MLP": 0.25})
+    heads = 2 * 576 * 12 * 64
+    mlp = (2 + gate) * 576 * 1536
+    assert plan.achieved == pytest.approx((0.375 * heads + 0.25 * mlp) / (heads + mlp))
+    nothing = unreduced(family, of, Request(0.0))
+    assert (nothing.asked, nothing.achieved) == (0, 0)
+    assert sizes([nothing]) == [(64, 64, 1536)]
 
 
-def test_mlp_that_is_no_multiple_of_the_block() -> None:
-    """The uniform size is off the grid, so the MLP goes to the multiple next to what is missing."""
-    of = CONFIGS["odd-mlp"]
-    for block in (32, 256):
-        for choice in candidates(LLAMA, of, 0.25, block):
-            assert choice.dimensions.intermediate_size % block == 0
-            assert choice.achieved == pytest.approx(0.25, abs=0.03)
-    # Almost nothing asked: the original size stays, odd as it is.
-    assert sizes(candidates(LLAMA, of, 1e-6, 256)) == [(64, 64, 4871)]
+# By what each matters
 
 
-def test_head_grid() -> None:
-    assert head_grid(CONFIGS["smollm2-135m"], 1) == [64, 56, 48, 40, 32, 24, 16, 8]
-    assert head_grid(CONFIGS["smollm2-135m"], 32) == [64, 32]
-    assert head_grid(CONFIGS["smollm2-135m"], 256) == [64]
-    # Each key head serves several query heads; rows are as wide as all of the latter.
-    assert head_grid(CONFIGS["tinyllama-1.1b"], 256) == [64, 56, 48, 40, 32, 24, 16, 8]
-    assert head_grid(CONFIGS["smallest"], 1) == [8]
+def curve(grid: Grid, of: ModelConfig, shape: LayerShape, component: Component, kl: float) -> Sensitivity:
+    """A loss that grows with the square of what is gone; `kl` where half is gone."""
+    every = replace(grid, block=1).sizes(of, shape, component)
+    size = every[-1]
+    probed = min(every, key=lambda n: abs(n - size / 2))
+    return Sensitivity(every, tuple((1 - n / size) ** 2 for n in every), probed, kl)
+
+
+def sensitivities(
+    grid: Grid, of: ModelConfig, kl: Callable[[int, Component], float] = lambda i, c: 0.1
+) -> list[dict[Component, Sensitivity]]:
+    return [{c: curve(grid, of, shape, c, kl(i, c)) for c in COMPONENTS} for i, shape in enumerate(of.layers)]
+
+
+def uneven(i: int, component: Component) -> float:
+    return (0.3, 0.02, 0.1, 0.05)[i % 4] * {"QK": 0.5, "OV": 1.5, "MLP": 1.0}[component]
+
+
+FOUR = {
+    "smollm2-135m": config(576, 9, 3, 64, 1536, 1536, 1536, 1536),
+    "llama-3.1-8b": config(4096, 32, 8, 128, 14336, 14336, 14336, 14336),
+    "unlike": config(576, 9, 3, 64, 1536, 1024, 512, 768),
+}
+
+
+def weights(of: ModelConfig, components: frozenset[Component] = ALL) -> int:
+    costs = unit_costs(LLAMA, of)
+    return sum(costs[c] * size_of(shape, c) for shape in of.layers for c in components)
+
+
+@pytest.mark.parametrize("output", ["folder", "gguf-1", "gguf-32", "gguf-256"])
+@pytest.mark.parametrize("of", FOUR.values(), ids=FOUR)
+def test_mixed_keeps_to_the_budget(of: ModelConfig, output: str) -> None:
+    grid = folder_grid(of) if output == "folder" else gguf_grid(LLAMA, int(output.removeprefix("gguf-")))
+    known = sensitivities(grid, of, uneven)
+    costs = unit_costs(LLAMA, of)
+    # The step of the MLP; a hull may leave out more than one.
+    step = max(grid.unit_step, grid.block) * costs["MLP"] / weights(of)
+    for ratio in (0.1, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9):
+        plan = mixed(LLAMA, of, grid, Request(ratio), known)[0]
+        for component in COMPONENTS:
+            for shape, size in zip(of.layers, column(plan, component), strict=True):
+                assert size in grid.sizes(of, shape, component)
+        if grid.one_head_size:
+            assert len({*column(plan, "QK"), *column(plan, "OV")}) == 1
+        least = make_plan(
+            LLAMA, of, Request(ratio), [{c: grid.sizes(of, shape, c)[0] for c in COMPONENTS} for shape in of.layers]
+        )
+        if least.achieved < ratio:
+            # The grid has nothing so small.
+            assert plan.dimensions == least.dimensions
+            continue
+        assert plan.achieved >= ratio - 1e-9
+        assert plan.achieved == pytest.approx(ratio, abs=max(0.01, step)), (ratio, plan)
+        assert plan.predicted_kl is not None
+        assert plan.predicted_kl > 0
+
+
+def test_exact_budgets_are_used_up() -> None:
+    """1 - 0.9 is less than a tenth by a hair, which must not cost a step."""
+    of = config(64, 4, 4, 16, 640)
+    grid = Grid(ALL, 2, 32)
+    plan = mixed(LLAMA, of, grid, Request(0.9, MLP), sensitivities(grid, of))[0]
+    assert column(plan, "MLP") == [64, 64]
+    assert plan.achieved == pytest.approx(0.9, abs=1e-12)
+
+
+@pytest.mark.parametrize("output", ["folder", "gguf"])
+def test_what_matters_keeps_more(output: str) -> None:
+    of = FOUR["smollm2-135m"]
+    grid = folder_grid(of) if output == "folder" else gguf_grid(LLAMA, 1)
+    plan = mixed(LLAMA, of, grid, Request(0.25), sensitivities(grid, of, lambda i, c: (0.3, 0.02, 0.1, 0.05)[i]))[0]
+    first, second, third, fourth = column(plan, "MLP")
+    assert first > third > fourth > second
+    if output == "folder":
+        first, second, third, fourth = column(plan, "OV")
+        assert first >= third >= fourth >= second
+        assert first > second
+    # One component that matters more in every layer.
+    plan = mixed(LLAMA, of, grid, Request(0.25), sensitivities(grid, of, lambda i, c: 1.0 if c == "MLP" else 0.01))[0]
+    assert plan.per_component["MLP"] < 0.15 < plan.per_component["QK"]
+
+
+def test_alike_where_all_matter_alike() -> None:
+    of = FOUR["llama-3.1-8b"]
+    grid = gguf_grid(LLAMA, 32)
+    plan = mixed(LLAMA, of, grid, Request(0.25), sensitivities(grid, of))[0]
+    assert max(column(plan, "MLP")) - min(column(plan, "MLP")) <= 32
+    assert plan.achieved == pytest.approx(0.25, abs=1e-3)
+
+
+def test_prediction_is_the_sum_of_the_curves() -> None:
+    of = FOUR["smollm2-135m"]
+    grid = folder_grid(of)
+    known = sensitivities(grid, of, uneven)
+    plan = mixed(LLAMA, of, grid, Request(0.3), known)[0]
+    costs = unit_costs(LLAMA, of)
+    expected = sum(known[i][c].curve(costs[c]).loss_at(column(plan, c)[i]) for i in range(4) for c in COMPONENTS)
+    assert plan.predicted_kl == pytest.approx(expected)
+    # No better way was there among those with all layers alike.
+    for other in uniform(LLAMA, of, grid, Request(0.3)):
+        loss = sum(known[i][c].curve(costs[c]).loss_at(column(other, c)[i]) for i in range(4) for c in COMPONENTS)
+        assert plan.predicted_kl < loss
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.25, 0.5])
+def test_mixed_with_ratios_of_their_own(ratio: float) -> None:
+    of = FOUR["smollm2-135m"]
+    grid = folder_grid(of)
+    known = sensitivities(grid, of, uneven)
+    plan = mixed(LLAMA, of, grid, Request(ratio, ALL, {"QK": 0.5, "MLP": 0.3}), known)[0]
+    # Steps of a head are a sixteenth of a fourth of the layers.
+    assert plan.per_component == pytest.approx({"QK": 0.5, "OV": ratio, "MLP": 0.3}, abs=0.016)
+    assert plan.per_component["QK"] >= 0.5
+    assert len(set(column(plan, "QK"))) > 1
+    alone = mixed(LLAMA, of, grid, Request(ratio, MLP), known)[0]
+    assert alone.per_component == pytest.approx({"QK": 0, "OV": 0, "MLP": ratio}, abs=0.006)
+    assert alone.achieved == alone.per_component["MLP"]
+    grid = gguf_grid(LLAMA, 1)
+    plan = mixed(LLAMA, of, grid, Request(0.25, ALL, {"MLP": ratio}), sensitivities(grid, of, uneven))[0]
+    assert plan.per_component == pytest.approx({"QK": 0.25, "OV": 0.25, "MLP": ratio}, abs=0.006)
+    plan = mixed(LLAMA, of, grid, Request(0.3, HEADS), sensitivities(grid, of, uneven))[0]
+    assert column(plan, "QK") == column(plan, "OV") == [48] * 4
+
+
+def test_layers_keep_something() -> None:
+    """A layer that seems not to matter at all keeps a quarter; predictions so far off are worth little."""
+    of = FOUR["smollm2-135m"]
+    grid = folder_grid(of)
+    plan = mixed(LLAMA, of, grid, Request(0.4), sensitivities(grid, of, lambda i, c: 0.0 if i == 1 else 1.0))[0]
+    assert column(plan, "MLP")[1] == 384
+    assert column(plan, "QK")[1] == column(plan, "OV")[1] == 16
+
+
+def test_more_than_the_grid_has() -> None:
+    """The smallest sizes, as for layers that are all alike; the pipeline says what was achieved."""
+    of = CONFIGS["tiny"]
+    for grid in (gguf_grid(LLAMA, 32), gguf_grid(LLAMA, 256)):
+        plan = mixed(LLAMA, of, grid, Request(0.9), sensitivities(grid, of))[0]
+        shape = of.layers[0]
+        assert sizes([plan]) == [tuple(grid.sizes(of, shape, c)[0] for c in COMPONENTS)]
+    only: frozenset[Component] = frozenset(("QK",))
+    plan = mixed(LLAMA, of, folder_grid(of), Request(0.9, only), sensitivities(folder_grid(of), of))[0]
+    assert sizes([plan]) == [(2, 16, 96)]

@@ -1,0 +1,64 @@
+"""Sensitivities kept on disk, so that another ratio or type of the same model need not measure them again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+
+from torch import Tensor
+
+from a3q import __version__
+from a3q.components import Method
+from a3q.families import COMPONENTS, Component
+from a3q.sensitivity import Sensitivity, Sizes
+
+Sensitivities = list[dict[Component, Sensitivity]]
+
+
+def cache_file(
+    digests: Sequence[str], tokens: Tensor, probes: Tensor, sizes: Sequence[Sizes], ratio: float, method: Method
+) -> Path:
+    """Where the sensitivities of a model (the sha256 of its weights) on these tokens belong."""
+    key = hashlib.sha256()
+    asked = [[one[c] for c in sorted(one)] for one in sizes]
+    names = [sorted(one) for one in sizes]
+    key.update(json.dumps([__version__, list(digests), asked, names, ratio, asdict(method)], default=list).encode())
+    for part in (tokens, probes):
+        key.update(str(tuple(part.shape)).encode() + part.cpu().numpy().tobytes())
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return root / "a3q" / "sensitivity" / f"{key.hexdigest()}.json"
+
+
+def load(path: Path, sizes: Sequence[Sizes]) -> Sensitivities | None:
+    """What `save` wrote about these; None where there is nothing, or nothing whole."""
+    try:
+        found = [
+            {c: _sensitivity(one[c]) for c in COMPONENTS if c in one} for one in json.loads(path.read_text("utf-8"))
+        ]
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    return found if [one.keys() for one in found] == [one.keys() for one in sizes] else None
+
+
+def _sensitivity(raw: dict[str, object]) -> Sensitivity:
+    sizes, losses, probed, kl = raw["sizes"], raw["losses"], raw["probed"], raw["kl"]
+    if not isinstance(sizes, list) or not isinstance(losses, list) or len(sizes) != len(losses) or probed not in sizes:
+        raise ValueError("not a sensitivity")
+    return Sensitivity(tuple(int(n) for n in sizes), tuple(float(x) for x in losses), int(str(probed)), float(str(kl)))
+
+
+def save(path: Path, sensitivities: Sensitivities) -> None:
+    """Keep them if the folder can be written; a cache is a convenience."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(json.dumps([{c: asdict(one[c]) for c in one} for one in sensitivities]), "utf-8")
+        part.replace(path)
+    except OSError:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)

@@ -1,0 +1,185 @@
+"""How much each component of each layer matters: its functional losses by size, and what they do to the predictions.
+
+One sweep over the layers of the original model. At each layer the functional losses follow from the layer's moments;
+then each component alone is reduced to one size, and that branch of a few probe sequences runs on through the rest of
+the original model, together with those of all earlier layers. At the end, the KL divergence of each branch from the
+unreduced probes is what that component's loss at that size costs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from a3q.allocate import Curve
+from a3q.components import Method, ov_loss, qk_loss, reduce_mlp, reduce_ov, reduce_qk
+from a3q.families import Component
+from a3q.forward import (
+    attention,
+    batches,
+    embed,
+    mlp,
+    norm,
+    output_logits,
+    run_layer,
+    to_device,
+)
+from a3q.model import Layer, LayerShape, Model, ModelConfig
+from a3q.solve.mlp import mlp_losses
+from a3q.statistics import AttentionStatistics, Moment
+
+Sizes = Mapping[Component, Sequence[int]]
+"""Possible inner sizes of each component that may shrink, ascending; the last is the original's."""
+_ROWS = 512
+"""Positions whose logits are held at a time."""
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """One component of one layer: the share of its functional energy lost at each size, and the KL (nats) of one."""
+
+    sizes: tuple[int, ...]
+    losses: tuple[float, ...]
+    probed: int
+    kl: float
+
+    def curve(self, unit_cost: int) -> Curve:
+        """Predicted KL at each size: the functional loss, scaled to what was measured at the probed one."""
+        at_probe = self.losses[self.sizes.index(self.probed)]
+        scale = self.kl / at_probe if at_probe > 0 else 0.0
+        return Curve(self.sizes, tuple(scale * loss for loss in self.losses), unit_cost)
+
+
+@dataclass
+class _Moments:
+    attention: AttentionStatistics
+    mlp: Moment
+
+
+@torch.inference_mode()
+def measure(
+    model: Model,
+    tokens: Tensor,
+    probes: Tensor,
+    sizes: Sequence[Sizes],
+    ratio: float,
+    device: torch.device,
+    method: Method,
+    on_layer: Callable[[], None] = lambda: None,
+) -> list[dict[Component, Sensitivity]]:
+    """Sensitivities of each layer's components in `sizes` (one for each layer).
+
+    `tokens` `[B, T]` give the moments, `probes` `[S, T']` the KL, over the second half of each. A component is probed
+    at the size nearest to a reduction by `ratio`. The branches take `S · T' · hidden_size` floats for each component of
+    each layer.
+    """
+    config = model.config
+    x, probe = embed(model, tokens), embed(model, probes)
+    branches = torch.empty(0, *probe.shape[1:])
+    found: list[dict[Component, tuple[tuple[int, ...], tuple[float, ...], int]]] = []
+    for shape, options, w in zip(config.layers, sizes, model.layers, strict=True):
+        w = to_device(w, device)
+        moments = _moments(config, shape, w, x, device)
+        layer: dict[Component, tuple[tuple[int, ...], tuple[float, ...], int]] = {}
+        new_branches = []
+        for component, grid in options.items():
+            probed = _nearest(grid, (1 - ratio) * grid[-1])
+            layer[component] = tuple(grid), tuple(_losses(config, shape, w, moments, component, grid, method)), probed
+            branch = probe.clone()
+            new_config, new_shape, new = _alone(config, shape, w, moments, component, probed, method)
+            run_layer(new_config, new_shape, new, branch, device)
+            new_branches.append(branch)
+        found.append(layer)
+        run_layer(config, shape, w, branches, device)
+        run_layer(config, shape, w, probe, device)
+        branches = torch.cat((branches, *new_branches))
+        on_layer()
+    kls = iter(_divergences(model, probe, branches, device))
+    return [{component: Sensitivity(*known, next(kls)) for component, known in layer.items()} for layer in found]
+
+
+def _nearest(grid: Sequence[int], wanted: float) -> int:
+    """The size nearest to `wanted` that is a reduction, if there is any."""
+    return min(grid[:-1] or grid, key=lambda size: abs(size - wanted))
+
+
+def _moments(config: ModelConfig, shape: LayerShape, w: Layer, x: Tensor, device: torch.device) -> _Moments:
+    """Moments of a layer on hidden states `x`, which move on through it."""
+    units = shape.intermediate_size
+    moments = _Moments(AttentionStatistics(config, shape, x.shape[1], device), Moment(units, units, device=device))
+    for part in batches(config, x.shape[0], x.shape[1]):
+        entry = x[part].to(device)
+        attended = attention(config, shape, w, norm(config, w, "attn_norm", entry), moments.attention)
+        y = entry + norm(config, w, "attn_post_norm", attended)
+        seen: dict[str, Tensor] = {}
+        inner = norm(config, w, "mlp_norm", entry if config.parallel_residual else y)
+        out = mlp(config, w, inner, seen.__setitem__)
+        moments.mlp.add(seen["m"].flatten(0, 1))
+        x[part] = (y + norm(config, w, "mlp_post_norm", out)).to(x.device)
+    return moments
+
+
+def _losses(
+    config: ModelConfig,
+    shape: LayerShape,
+    w: Layer,
+    moments: _Moments,
+    component: Component,
+    grid: Sequence[int],
+    method: Method,
+) -> list[float]:
+    """Share of the component's functional energy lost at each size of `grid`."""
+    if component == "MLP":
+        return mlp_losses(moments.mlp.mean(), w["down"], grid, method.fitted)
+    smaller = grid[:-1]
+    if component == "QK":
+        return [*(qk_loss(config, shape, moments.attention, r, method) for r in smaller), 0.0]
+    return [*(ov_loss(config, w, moments.attention, r, method) for r in smaller), 0.0]
+
+
+def _alone(
+    config: ModelConfig,
+    shape: LayerShape,
+    w: Layer,
+    moments: _Moments,
+    component: Component,
+    size: int,
+    method: Method,
+) -> tuple[ModelConfig, LayerShape, Layer]:
+    """The layer with one component reduced to `size`."""
+    new = dict(w)
+    if component == "MLP":
+        reduce_mlp(new, moments.mlp.mean(), size, method)
+        return config, replace(shape, intermediate_size=size), new
+    if component == "OV":
+        reduce_ov(config, new, moments.attention, size, method)
+        return config, replace(shape, v_head_dim=size), new
+    if size < shape.qk_head_dim:
+        frequencies, _ = reduce_qk(config, shape, new, moments.attention, size, method)
+        shape = replace(shape, qk_head_dim=size, frequencies=frequencies)
+        config = replace(config, qk_norm="heads") if config.qk_norm == "head" else config
+    return config, shape, new
+
+
+def _divergences(model: Model, probe: Tensor, branches: Tensor, device: torch.device) -> list[float]:
+    """Mean KL (nats) of each branch, `S` sequences in turn, from `probe` `[S, T, hidden]`; over the second half."""
+    half = probe.shape[1] // 2
+    model = replace(model, top=to_device(model.top, device))
+    count = len(branches) // max(1, len(probe))
+
+    def logs(x: Tensor, rows: slice) -> Tensor:
+        hidden = norm(model.config, model.top, "final_norm", x[:, half:].flatten(0, 1)[rows].to(device))
+        return output_logits(model, hidden, device).log_softmax(-1)
+
+    positions = len(probe) * (probe.shape[1] - half)
+    totals = torch.zeros(count, dtype=torch.float64)
+    for start in range(0, positions, _ROWS):
+        rows = slice(start, start + _ROWS)
+        log_p = logs(probe, rows)
+        p = log_p.exp()
+        for i in range(count):
+            totals[i] += float((p * (log_p - logs(branches[i * len(probe) : (i + 1) * len(probe)], rows))).sum())
+    return (totals / positions).clamp_min(0).tolist()
