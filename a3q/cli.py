@@ -5,19 +5,22 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from a3q.errors import InputError, VerifyError
 
+if TYPE_CHECKING:
+    from a3q.families import Component
+
 # Read when PyTorch loads its OpenMP. Threads that spin while they wait take the core from the one that they wait for
 # as soon as anything else runs on the machine: on two cores with one busy, text was written 13 times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 app = typer.Typer(
-    help="Make language models smaller with A3 and run them in stock llama.cpp and Ollama.",
+    help="Make language models smaller with A3 and run them in stock llama.cpp and Ollama, or in PyTorch.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -26,35 +29,55 @@ _errors = Console(stderr=True)
 _output = Console()
 
 _Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+_Model = Annotated[
+    str | None, typer.Argument(help="Hugging Face folder, GGUF file or hub name; left out: the demo model.")
+]
+_Ratio = Annotated[float, typer.Option(help="Share of the reduced components' parameters that goes, 0 to 0.9.")]
+_OwnRatio = Annotated[float | None, typer.Option(help="This component's own share, apart from --ratio.")]
+_Components = Annotated[str | None, typer.Option(help="What to reduce, of qk,ov,mlp; all the output can hold.")]
+_Ranks = Annotated[
+    str, typer.Option(help="mixed: layers and components shrink by how little they matter; uniform: all alike.")
+]
+_Method = Annotated[str, typer.Option(help="a3q, or paper: A3 as published, for comparison.")]
+_Calib = Annotated[
+    list[str] | None,
+    typer.Option(help="Calibration text: 'self' (default), a .txt or .jsonl file, or a data set; may be repeated."),
+]
+_CalibTokens = Annotated[int | None, typer.Option(help="Calibration tokens; default 40 × 1024, on a GPU 128 × 2048.")]
+_Seed = Annotated[int, typer.Option(help="Of the text the model writes itself.")]
+_Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
+_Pre = Annotated[str | None, typer.Option(help="llama.cpp's name of the pre-tokenizer, where a3q cannot tell.")]
+
+
+def _own(qk: float | None, ov: float | None, mlp: float | None) -> dict[Component, float]:
+    """Components that were given a ratio of their own."""
+    given: dict[Component, float | None] = {"QK": qk, "OV": ov, "MLP": mlp}
+    return {component: ratio for component, ratio in given.items() if ratio is not None}
 
 
 @app.command()
 def convert(
-    model: Annotated[
-        str | None, typer.Argument(help="Hugging Face folder, GGUF file or hub name; left out: the demo model.")
-    ] = None,
-    ratio: Annotated[
-        float, typer.Option(help="Share of the reduced components' parameters that goes, 0 to 0.9.")
-    ] = 0.25,
+    model: _Model = None,
+    ratio: _Ratio = 0.25,
     quant: Annotated[str, typer.Option(help="f16, bf16, 8bit, 4bit or a GGUF type such as q4_1.")] = "4bit",
     output: Annotated[Path | None, typer.Option("--output", "-o", help="GGUF to write.")] = None,
-    calib: Annotated[
-        list[str] | None,
-        typer.Option(help="Calibration text: 'self' (default), a .txt or .jsonl file, or a data set; may be repeated."),
-    ] = None,
-    calib_tokens: Annotated[
-        int | None, typer.Option(help="Calibration tokens; default 40 × 1024, on a GPU 128 × 2048.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Of the text the model writes itself.")] = 0,
+    components: _Components = None,
+    ratio_qk: _OwnRatio = None,
+    ratio_ov: _OwnRatio = None,
+    ratio_mlp: _OwnRatio = None,
+    ranks: _Ranks = "mixed",
+    method: _Method = "a3q",
+    calib: _Calib = None,
+    calib_tokens: _CalibTokens = None,
+    seed: _Seed = 0,
     device: _Device = "auto",
     verify: Annotated[bool, typer.Option(help="Check the file in llama.cpp.")] = True,
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
-    pre: Annotated[
-        str | None, typer.Option(help="llama.cpp's name of the pre-tokenizer, where a3q cannot tell.")
-    ] = None,
+    force: _Force = False,
+    pre: _Pre = None,
 ) -> None:
     """Reduce a model, write it as GGUF, and check the file in llama.cpp."""
     from a3q import convert as run
+    from a3q.pipeline import parse_components
     from a3q.progress import shown_on
     from a3q.report import render
 
@@ -63,11 +86,66 @@ def convert(
         ratio=ratio,
         quant=quant,
         output=output,
+        components=parse_components(components),
+        own_ratios=_own(ratio_qk, ratio_ov, ratio_mlp),
+        ranks=ranks,
+        method=method,
         calib=calib or ["self"],
         calib_tokens=calib_tokens,
         seed=seed,
         device=device,
         verify_file=verify,
+        force=force,
+        pre=pre,
+        stages=shown_on(_errors),
+    )
+    _output.print(render(result))
+
+
+@app.command()
+def reduce(
+    model: _Model = None,
+    ratio: _Ratio = 0.25,
+    dtype: Annotated[str, typer.Option(help="Type of the weights: bf16, f16 or f32.")] = "bf16",
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder to write.")] = None,
+    components: _Components = None,
+    ratio_qk: _OwnRatio = None,
+    ratio_ov: _OwnRatio = None,
+    ratio_mlp: _OwnRatio = None,
+    ranks: _Ranks = "mixed",
+    method: _Method = "a3q",
+    frequencies: Annotated[
+        str, typer.Option(help="per_head: each key head its own RoPE frequencies; shared: one list, for a GGUF later.")
+    ] = "per_head",
+    calib: _Calib = None,
+    calib_tokens: _CalibTokens = None,
+    seed: _Seed = 0,
+    device: _Device = "auto",
+    verify: Annotated[bool, typer.Option(help="Check the folder in transformers.")] = True,
+    force: _Force = False,
+    pre: _Pre = None,
+) -> None:
+    """Reduce a model and write it as a Hugging Face folder, which transformers runs after `import a3q`."""
+    from a3q import reduce_to_folder
+    from a3q.pipeline import parse_components
+    from a3q.progress import shown_on
+    from a3q.report import render
+
+    result = reduce_to_folder(
+        model,
+        ratio=ratio,
+        dtype=dtype,
+        output=output,
+        components=parse_components(components),
+        own_ratios=_own(ratio_qk, ratio_ov, ratio_mlp),
+        ranks=ranks,
+        method=method,
+        frequencies=frequencies,
+        calib=calib or ["self"],
+        calib_tokens=calib_tokens,
+        seed=seed,
+        device=device,
+        verify_output=verify,
         force=force,
         pre=pre,
         stages=shown_on(_errors),

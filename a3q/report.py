@@ -1,13 +1,17 @@
-"""The closing table of a conversion."""
+"""The closing table of a run."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from a3q.dimensions import Plan, size_of
+from a3q.families import COMPONENTS
 from a3q.model import Model
-from a3q.pipeline import ConvertResult
+from a3q.result import Result
 from a3q.verify import Quality
 
 
@@ -16,10 +20,16 @@ def megabytes(size: float) -> str:
     return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
-def render(result: ConvertResult) -> RenderableType:
-    """Original → reduced → written file, the ratio per component, and what had to give."""
+def sizes(values: Sequence[int]) -> str:
+    """One size, or the range of sizes that differ between layers."""
+    low, high = min(values), max(values)
+    return str(low) if low == high else f"{low} to {high}"
+
+
+def render(result: Result) -> RenderableType:
+    """Original → reduced → written, the ratio per component, and what had to give."""
     parts: list[RenderableType] = [_models(result)]
-    if result.choice.asked > 0:
+    if result.job.plan.asked > 0:
         parts.append(_components(result))
     if result.verification is not None:
         parts.append(_verified(result))
@@ -30,9 +40,9 @@ def render(result: ConvertResult) -> RenderableType:
     return Group(*parts)
 
 
-def _models(result: ConvertResult) -> Table:
+def _models(result: Result) -> Table:
     check = result.verification
-    table = _table("original → reduced → written file", "", "parameters", "bytes", "perplexity", "KL", "KV B/token")
+    table = _table("original → reduced → written", "", "parameters", "bytes", "perplexity", "KL", "KV B/token")
 
     def row(name: str, model: Model, size: str, quality: Quality | None) -> None:
         perplexity = f"{quality.perplexity.value:.2f} ± {quality.perplexity.stderr:.2f}" if quality else "not measured"
@@ -42,31 +52,37 @@ def _models(result: ConvertResult) -> Table:
 
     row("original", result.original, megabytes(result.original.source.file_size), check.original if check else None)
     row("reduced", result.reduced, "in memory", check.reduced if check else None)
-    row(result.plan.name.upper(), result.reduced, megabytes(result.written.size), check.written if check else None)
+    row(result.type_name, result.reduced, megabytes(result.written.size), check.written if check else None)
     return table
 
 
-def _components(result: ConvertResult) -> Table:
-    choice, before, after = result.choice, result.original.config, result.reduced.config
-    table = _table(f"reduction, {choice.asked:.1%} of the components asked", "", "from", "to", "gone")
-    sizes = {
-        "QK": (before.head_dim, after.head_dim),
-        "OV": (before.v_head_dim, after.v_head_dim),
-        "MLP": (before.intermediate_size, after.intermediate_size),
-    }
-    for component, gone in choice.per_component.items():
-        old, new = sizes[component]
-        table.add_row(f"{component}, inner size", str(old), str(new), f"{gone:.1%}")
-    table.add_row("all components", "", "", f"{choice.achieved:.1%}")
+def _components(result: Result) -> Table:
+    plan, before, after = result.job.plan, result.original.config, result.reduced.config
+    table = _table(f"reduction, {plan.asked:.1%} of the components asked", "", "from", "to", "gone")
+    for component in COMPONENTS:
+        old, new = (sizes([size_of(shape, component) for shape in config.layers]) for config in (before, after))
+        table.add_row(f"{component}, inner size", old, new, f"{plan.per_component[component]:.1%}")
+    reduced = " and ".join(c for c in COMPONENTS if c in plan.request.reduced)
+    table.add_row("all components" if len(plan.request.reduced) == 3 else reduced, "", "", f"{plan.achieved:.1%}")
     old_weights, new_weights = result.original.parameters(), result.reduced.parameters()
     table.add_row("all parameters", f"{old_weights:,}", f"{new_weights:,}", f"{1 - new_weights / old_weights:.1%}")
-    lines = [f"calibrated on {result.calibration}"]
-    for option, kl in result.tried:
-        verdict = "chosen" if option == choice else "not chosen"
-        tried = f"head size {option.dimensions.head_dim}, MLP size {option.dimensions.intermediate_size}"
-        lines.append(f"{tried}: KL {kl:.3f} in a trial, {verdict}")
+    lines = []
+    if result.job.calibration is not None:
+        lines.append(f"calibrated on {result.job.calibration.description}")
+    for option, kl in result.job.tried:
+        verdict = "chosen" if option == plan else "not chosen"
+        lines.append(f"{_describe(option)}: KL {kl:.3f} in a trial, {verdict}")
+    if plan.predicted_kl is not None:
+        lines.append("sizes chosen by what each layer's components cost when reduced alone (--ranks mixed)")
     table.caption = "\n".join(lines)
     return table
+
+
+def _describe(plan: Plan) -> str:
+    """Sizes of a plan in words."""
+    heads = sizes([one.qk_head_dim for one in plan.dimensions])
+    units = sizes([one.intermediate_size for one in plan.dimensions])
+    return f"head size {heads}, MLP size {units}"
 
 
 def _table(title: str, first: str, *numbers: str) -> Table:
@@ -77,11 +93,12 @@ def _table(title: str, first: str, *numbers: str) -> Table:
     return table
 
 
-def _verified(result: ConvertResult) -> Text:
+def _verified(result: Result) -> Text:
     assert result.verification is not None
     check = result.verification
+    splits = ", splits text as the source does," if check.runtime == "llama.cpp" else ""
     return Text(
-        f"llama.cpp loads the file, splits text as the source does, and is {check.kl_to_reduced:.2g} nats from the "
-        f"model in memory. Perplexity and KL to the original in nats: {check.scored_tokens} held-out tokens of the "
-        "calibration source; KV cache: bytes per token at f16"
+        f"{check.runtime} loads it{splits} and is {check.kl_to_reduced:.2g} nats from the model in memory. Perplexity "
+        f"and KL to the original in nats: {check.scored_tokens} held-out tokens of the calibration source; KV cache: "
+        "bytes per token at f16"
     )

@@ -15,6 +15,7 @@ from a3q.model import Model, Tokenizer
 from a3q.perplexity import LogitsOf, Perplexity, compare, logits_of
 from a3q.runtime import LlamaRuntime
 from a3q.samples import TOKENIZER_SAMPLE
+from converters.open import open_model
 from converters.types import QuantPlan
 
 MAX_KL_F16 = 1e-3
@@ -40,6 +41,8 @@ class Verification:
     kl_to_reduced: float
     """Mean KL of the written file from the model in memory that it was written from."""
     scored_tokens: int
+    runtime: str
+    """What ran it."""
 
 
 def check_tokenizer(runtime: LlamaRuntime, tokenizer: Tokenizer, path: Path) -> None:
@@ -98,4 +101,77 @@ def verify(
         written=Quality(to_original["written"].perplexity, to_original["written"].mean_kl),
         kl_to_reduced=to_reduced,
         scored_tokens=to_original["written"].perplexity.tokens_scored,
+        runtime="llama.cpp",
     )
+
+
+def verify_folder(
+    path: Path,
+    original: Model,
+    reduced: Model,
+    dtype: torch.dtype,
+    sequences: Tensor,
+    device: torch.device,
+    on_progress: Callable[[float], None] = lambda _: None,
+) -> Verification:
+    """Load the folder `path` in transformers and compare, on held-out `sequences` `[B, T]`, positions from T / 2 on.
+
+    `on_progress` hears of every layer of three models, and of transformers as one unit. VerifyError: transformers does
+    not load it or predicts otherwise than a3q does with the same weights, or the weights are not those that were meant.
+    """
+    first = sequences.shape[1] // 2
+
+    def in_memory(model: Model) -> LogitsOf:
+        return logits_of(model, sequences, device, first, lambda: on_progress(1))
+
+    source = in_memory(original)
+    memory = source if reduced is original else in_memory(reduced)
+    if reduced is original:
+        on_progress(original.config.num_hidden_layers)
+    written = in_memory(open_model(path))
+    to_original = compare(source, {"reduced": memory, "written": written}, sequences, first)
+    to_reduced = compare(memory, {"written": written}, sequences, first)["written"].mean_kl
+    probe = sequences[:1]
+    transformed = _transformers_logits(path, device)
+    apart = compare(written, {"transformers": lambda ids: transformed(ids)[first:]}, probe, first)["transformers"]
+    on_progress(1)
+    if not apart.mean_kl <= MAX_KL_F16 or (dtype is torch.float32 and not to_reduced <= MAX_KL_F16):
+        raise VerifyError(
+            f"{path}: transformers predicts {apart.mean_kl:.2g} nats from a3q with the same weights, which are "
+            f"{to_reduced:.2g} nats from the model in memory (at most {MAX_KL_F16:g} is rounding); this is a defect of "
+            "a3q or of this transformers, please report it"
+        )
+    return Verification(
+        original=Quality(to_original["written"].reference_perplexity, None),
+        reduced=Quality(to_original["reduced"].perplexity, to_original["reduced"].mean_kl),
+        written=Quality(to_original["written"].perplexity, to_original["written"].mean_kl),
+        kl_to_reduced=to_reduced,
+        scored_tokens=to_original["written"].perplexity.tokens_scored,
+        runtime="transformers",
+    )
+
+
+def _transformers_logits(path: Path, device: torch.device) -> LogitsOf:
+    """Logits of a token sequence in transformers, in float32 so that only a mistake can make a difference."""
+    import transformers
+    from transformers.utils import logging
+
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # a3q shows its own
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, trust_remote_code=False, local_files_only=True
+        )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise VerifyError(f"{path}: transformers does not load the folder: {' '.join(str(error).split())}") from error
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+    model = model.to(device).eval()
+
+    @torch.inference_mode()
+    def logits(ids: Tensor) -> Tensor:
+        found: Tensor = model(ids[None].to(device), use_cache=False).logits[0]
+        return found
+
+    return logits

@@ -17,17 +17,20 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
-from a3q import VerifyError, pipeline, runtime
-from a3q.cli import main
+from a3q import InputError, VerifyError, pipeline, runtime, to_gguf
+from a3q.cli import app, main
+from a3q.inspect import inspect_file
 from a3q.perplexity import evaluate, read_text
 from converters.gguf_writer import write_gguf
 from converters.hf_reader import open_huggingface
 from converters.open import open_model
 from converters.types import resolve_quant
-from tests.pico import corpus, write_model
+from tests.pico import Kind, corpus, write_model
 
-FAST = ("--quant", "f16", "--calib-tokens", "1024", "--device", "cpu", "--no-verify")
+QUICK = ("--calib-tokens", "1024", "--device", "cpu", "--no-verify")
+FAST = ("--quant", "f16", "--ranks", "uniform", *QUICK)
 
 
 @dataclass(frozen=True)
@@ -241,9 +244,19 @@ def test_demo_model_that_is_not_installed(a3q: Command, folder: Path, monkeypatc
 
 
 BAD_OPTIONS: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
-    (("--ratio", "-0.1"), ("--ratio -0.1", "0 (plain conversion) to 0.9")),
-    (("--ratio", "0.95"), ("--ratio 0.95", "0 (plain conversion) to 0.9")),
-    (("--ratio", "nan"), ("--ratio nan", "0 (plain conversion) to 0.9")),
+    (("--ratio", "-0.1"), ("--ratio -0.1", "0 (untouched) to 0.9")),
+    (("--ratio", "0.95"), ("--ratio 0.95", "0 (untouched) to 0.9")),
+    (("--ratio", "nan"), ("--ratio nan", "0 (untouched) to 0.9")),
+    (("--ratio-qk", "2"), ("--ratio-qk 2", "0 (untouched) to 0.9")),
+    (("--ratio-mlp", "-1"), ("--ratio-mlp -1", "0 (untouched) to 0.9")),
+    (("--ratio-qk", "0.5"), ("one size for keys and values (OV 0.25, QK 0.5)", "a3q reduce")),
+    (("--ratio-qk", "0.5", "--ratio-ov", "0.3"), ("one size for keys and values (OV 0.3, QK 0.5)", "a3q reduce")),
+    (("--components", "qk"), ("one size for keys and values", "a3q reduce")),
+    (("--components", "ffn"), ("--components ffn", "qk, ov, mlp")),
+    (("--components", ""), ("--components", "qk, ov, mlp")),
+    (("--ranks", "even"), ("--ranks even", "mixed or uniform")),
+    (("--method", "svd"), ("--method svd", "a3q or paper")),
+    (("--method", "paper"), ("--method paper", "--components mlp", "a3q reduce")),
     (("--quant", "q4_k_m"), ("'q4_k_m'", "q4_0", "llama-quantize")),
     (("--quant", ""), ("''", "q4_0")),
     (("--device", "abacus"), ("--device abacus", "cpu")),
@@ -276,10 +289,52 @@ def test_options_that_cannot_be_used(
     assert snapshot(folder) == {}
 
 
+BAD_REDUCE_OPTIONS: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
+    (("--dtype", "q4_0"), ("--dtype q4_0", "bf16, f16, f32")),
+    (("--frequencies", "each"), ("--frequencies each", "per_head or shared")),
+    (("--ratio", "1"), ("--ratio 1", "0.9")),
+    (("--ratio-ov", "0.95"), ("--ratio-ov 0.95", "0.9")),
+    (("--components", "all"), ("--components all", "qk, ov, mlp")),
+    (("--ranks", ""), ("--ranks", "mixed or uniform")),
+    (("--method", "A3"), ("--method A3", "a3q or paper")),
+    (("--calib-tokens", "0"), ("--calib-tokens 0", "positive")),
+    (("--device", "tpu"), ("--device tpu", "cpu")),
+    (("--output", "none/m"), ("none/m", "create none")),
+    (("--output", "."), (".", "name of its own")),
+    (("--calib", "none.txt"), ("none.txt", "no such file")),
+]
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"), BAD_REDUCE_OPTIONS, ids=[" ".join(options) for options, _ in BAD_REDUCE_OPTIONS]
+)
+def test_options_that_reduce_cannot_use(
+    a3q: Command, folder: Path, pico: Path, options: tuple[str, ...], parts: tuple[str, ...]
+) -> None:
+    refused(a3q("reduce", pico, *QUICK, *options), *parts)
+    assert snapshot(folder) == {}
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "gpt2"])
+def test_components_that_llama_cpp_cannot_hold(a3q: Command, folder: Path, kind: Kind) -> None:
+    write_model(folder / kind, kind)
+    before = snapshot(folder)
+    outcome = a3q("convert", kind, *FAST, "--components", "qk,ov")
+    refused(outcome, f"cannot hold ov and qk of {kind} reduced", "--components mlp", "a3q reduce")
+    refused(a3q("convert", kind, *FAST, "--ratio-qk", 0.3), f"cannot hold ov and qk of {kind} reduced")
+    assert snapshot(folder) == before
+
+
+def test_family_without_a_gguf(a3q: Command, folder: Path) -> None:
+    write_model(folder / "opt", "opt")
+    refused(a3q("convert", "opt", *FAST), "no architecture for opt", "a3q reduce")
+
+
 @pytest.mark.parametrize(
     ("options", "part"),
     [
         (("--ratio", "abc"), "--ratio"),
+        (("--ratio-qk", "half"), "--ratio-qk"),
         (("--calib-tokens", "many"), "--calib-tokens"),
         (("--frobnicate",), "--frobnicate"),
     ],
@@ -344,7 +399,7 @@ def test_failed_check_is_code_1(a3q: Command, folder: Path, pico: Path, monkeypa
     def fail(*_: object) -> None:
         raise VerifyError("m.gguf: it is [red]wrong[/red]")
 
-    monkeypatch.setattr(pipeline, "verify", fail)
+    monkeypatch.setattr(to_gguf, "verify", fail)
     monkeypatch.setattr(runtime, "available", lambda: True)
     outcome = a3q("convert", pico, *FAST, "--verify", "--ratio", 0, "-o", "m.gguf")
     refused(outcome, "m.gguf: it is [red]wrong[/red]", code=1)
@@ -432,24 +487,105 @@ def test_eval_prints_the_perplexity(a3q: Command, pico: Path, pico_gguf: Path, t
     assert done.messages() == []
 
 
-def test_help(a3q: Command) -> None:
+def test_options_of_convert(a3q: Command, folder: Path, pico: Path, text: Path) -> None:
+    options = ("--components", "MLP", "--ratio-mlp", 0.5, "--ranks", "mixed", "--method", "paper", "--quant", "8bit")
+    done = a3q("convert", pico, *QUICK, *options, "--calib", text, "--calib", text)
+    assert done.code == 0, done.err
+    assert list(snapshot(folder)) == ["pico-a3q50-Q8_0.gguf"]
+    facts = inspect_file(folder / "pico-a3q50-Q8_0.gguf").provenance
+    for key, value in {
+        "ratio": 0.5, "components": ["mlp"], "method": "paper", "ranks": "mixed", "quantization": "q8_0",
+        "calibration.source": "text.txt + text.txt", "qk_head_dim": 32,
+    }.items():  # fmt: skip
+        assert facts[key] == str(value), key
+
+
+def test_reduce_then_convert(a3q: Command, folder: Path, pico: Path, text: Path) -> None:
+    options = ("--ranks", "uniform", "--frequencies", "shared", "--dtype", "f32", "--calib", text, "--seed", 2)
+    done = a3q("reduce", pico, *QUICK, *options)
+    assert done.code == 0, done.err
+    assert done.messages() == []
+    assert "wrote pico-a3q25" in done.out
+    assert sorted(path.name for path in (folder / "pico-a3q25").iterdir()) == [
+        "README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+        "tokenizer_config.json",
+    ]  # fmt: skip
+    shown = a3q("inspect", "pico-a3q25")
+    assert (shown.code, shown.err) == (0, "")
+    for part in ("Made by a3q:", "uniform", "0.25", "text.txt", "of size 24"):
+        assert part in shown.out, part
+    # The record of the reduction goes along.
+    done = a3q("convert", "pico-a3q25", *FAST, "--ratio", 0)
+    assert done.code == 0, done.err
+    facts = inspect_file(folder / "pico-a3q25-F16.gguf").provenance
+    assert (facts["ratio"], facts["ranks"], facts["calibration.seed"]) == ("0.25", "uniform", "2")
+    scored = a3q("eval", "pico-a3q25", "--text", text, "--ctx", 128, "--chunks", 2, "--device", "cpu")
+    assert scored.code == 0, scored.err
+    refused(a3q("reduce", pico, *QUICK), "pico-a3q25: exists already", "--force")
+    done = a3q("reduce", pico, *QUICK, "--force", "--calib", text, "--components", "qk,ov", "--ratio-qk", 0.5)
+    # The default name says the largest ratio.
+    assert done.code == 0, done.err
+    assert (folder / "pico-a3q50").is_dir()
+
+
+def test_reduce_shows_nothing_but_a3q(a3q: Command, folder: Path, pico: Path, text: Path) -> None:
+    done = a3q("reduce", pico, "--calib-tokens", 1024, "--device", "cpu", "--calib", text, "-o", "m")
+    assert done.code == 0, done.err
+    assert done.messages() == []
+    assert "transformers loads it" in done.out
+
+
+def test_one_head_size_for_some(a3q: Command, folder: Path, pico: Path, text: Path) -> None:
+    """Own ratios that agree are no obstacle."""
+    done = a3q("convert", pico, *FAST, "--ratio-qk", 0.5, "--ratio-ov", 0.5, "--calib", text, "-o", "m.gguf")
+    assert done.code == 0, done.err
+    assert {shape.qk_head_dim for shape in open_model(folder / "m.gguf").config.layers} == {16}
+
+
+COMMON = (
+    "--ratio", "--output", "--components", "--ratio-qk", "--ratio-ov", "--ratio-mlp", "--ranks", "--method", "--calib",
+    "--calib-tokens", "--seed", "--device", "--no-verify", "--force", "--pre",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        ("convert", ("--quant", *COMMON)),
+        ("reduce", ("--dtype", "--frequencies", *COMMON)),
+        ("inspect", ("--tensors",)),
+        ("eval", ("--text", "--ctx", "--chunks", "--device", "--pre")),
+    ],
+)
+def test_help(a3q: Command, command: str, options: tuple[str, ...]) -> None:
     shown = a3q("--help")
     assert shown.code == 0
-    assert all(command in shown.out for command in ("convert", "inspect", "eval"))
-    options = a3q("convert", "--help")
-    assert options.code == 0
-    for option in (
-        "--ratio",
-        "--quant",
-        "--output",
-        "--calib",
-        "--seed",
-        "--device",
-        "--no-verify",
-        "--force",
-        "--pre",
-    ):
-        assert option in options.out
+    assert command in shown.out
+    outcome = a3q(command, "--help")
+    assert outcome.code == 0
+    assert all(option in outcome.out for option in options)
+
+
+def test_help_says_defaults_and_choices(a3q: Command) -> None:
+    text = " ".join(a3q("reduce", "--help").out.split())
+    for part in ("bf16, f16 or f32", "per_head", "shared", "mixed", "uniform", "paper", "qk,ov,mlp", "0 to 0.9"):
+        assert part in text, part
+
+
+def test_no_arguments_is_help(a3q: Command) -> None:
+    outcome = a3q()
+    assert "convert" in outcome.out + outcome.err
+    assert "Traceback" not in outcome.err
+
+
+def test_typer_runner(folder: Path, pico: Path, text: Path) -> None:
+    """The application as other tools call it."""
+    runner = CliRunner()
+    arguments = ["convert", str(pico), *FAST, "--calib", str(text), "-o", "m.gguf"]
+    assert runner.invoke(app, arguments).exit_code == 0
+    wrong = runner.invoke(app, arguments)
+    assert isinstance(wrong.exception, InputError)
+    assert "m.gguf: exists already" in str(wrong.exception)
 
 
 def test_console_script() -> None:
@@ -464,6 +600,15 @@ def test_either_package_may_be_imported_first() -> None:
     for first in ("import converters.open, a3q", "import a3q.cli, converters.open"):
         code = f"import sys; {first}; assert 'a3q.pipeline' not in sys.modules; assert callable(a3q.convert)"
         subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_process_reduces(folder: Path, pico: Path, text: Path) -> None:
+    options = ("--calib", text, "--calib-tokens", "1024", "--device", "cpu", "--components", "qk,mlp")
+    done = process("reduce", pico, *options, "-o", "m", cwd=folder)
+    assert done.code == 0, done.err
+    assert done.messages() == []
+    assert "wrote m (" in done.out
+    assert list((folder / "m").glob("*.safetensors"))
 
 
 def test_process_converts(folder: Path, pico: Path) -> None:

@@ -11,6 +11,8 @@ import pytest
 
 from a3q.dimensions import (
     ALL,
+    MOST_TRIED,
+    NEAR,
     Grid,
     Plan,
     Request,
@@ -129,6 +131,17 @@ def test_settle_refuses_what_was_named(family: Family, request_: Request, parts:
         settle(request_, gguf_grid(family, 32), family, True)
     assert all(part in str(caught.value) for part in parts)
     assert "\n" not in str(caught.value)
+
+
+def test_heads_with_a_norm_stay_unless_asked() -> None:
+    grid = folder_grid(CONFIGS["tiny"])
+    request, note = settle(Request(0.25), grid, QWEN3, False)
+    assert request.reduced == {"OV", "MLP"}
+    assert note is not None and "QK stays" in note and "--components qk,ov,mlp" in note
+    assert settle(Request(0.25), grid, QWEN3, True) == (Request(0.25), None)
+    own = Request(0.25, ALL, {"QK": 0.1})
+    assert settle(own, grid, QWEN3, False) == (own, None)
+    assert settle(Request(0.25), grid, LLAMA, False) == (Request(0.25), None)
 
 
 def test_settle_refuses_a_ratio_for_what_cannot_shrink() -> None:
@@ -419,6 +432,20 @@ def test_what_matters_keeps_more(output: str) -> None:
     # One component that matters more in every layer.
     plan = mixed(LLAMA, of, grid, Request(0.25), sensitivities(grid, of, lambda i, c: 1.0 if c == "MLP" else 0.01))[0]
     assert plan.per_component["MLP"] < 0.15 < plan.per_component["QK"]
+
+
+def test_head_sizes_predicted_nearly_alike_are_all_returned() -> None:
+    of = FOUR["smollm2-135m"]
+    grid = gguf_grid(LLAMA, 1)
+    plans = mixed(LLAMA, of, grid, Request(0.25), sensitivities(grid, of))
+    losses = [plan.predicted_kl or 0.0 for plan in plans]
+    assert losses == sorted(losses)
+    assert len(plans) <= MOST_TRIED
+    assert losses[-1] <= (1 + NEAR) * losses[0]
+    assert len({plan.dimensions[0].qk_head_dim for plan in plans}) == len(plans)
+    # Where heads are dear beyond doubt, there is nothing to try.
+    [only] = mixed(LLAMA, of, grid, Request(0.25), sensitivities(grid, of, lambda i, c: 0.01 if c == "MLP" else 9.0))
+    assert column(only, "QK")[0] == 64
 
 
 def test_alike_where_all_matter_alike() -> None:

@@ -91,8 +91,10 @@ def test_one_tensor_with_its_rows_moved_is_found(models: tuple[Model, Model], tm
 
 def test_other_frequencies_are_found(models: tuple[Model, Model], tmp_path: Path) -> None:
     config = models[0].config
-    slower = replace(config, frequencies=tuple(0.7 * omega for omega in config.frequencies))
-    path = write(replace(models[0], config=slower), tmp_path / "m.gguf")
+    slower = [
+        replace(shape, frequencies=(tuple(0.7 * omega for omega in shape.frequencies[0]),)) for shape in config.layers
+    ]
+    path = write(replace(models[0], config=replace(config, layers=tuple(slower))), tmp_path / "m.gguf")
     with pytest.raises(VerifyError, match="predictions"):
         check(path, models[0])
 

@@ -1,0 +1,49 @@
+"""What a run did, for the caller and for the closing table."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from a3q.model import Model
+from a3q.pipeline import Reduced
+from a3q.verify import Verification
+from converters.gguf_writer import WrittenFile
+from converters.hf_writer import WrittenFolder
+
+
+@dataclass(frozen=True)
+class Result:
+    """A reduced model and where it was written."""
+
+    path: Path
+    job: Reduced
+    written: WrittenFile | WrittenFolder
+    type_name: str
+    """Type of the weights, such as Q4_0 or BF16."""
+    verification: Verification | None
+    notes: tuple[str, ...]
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Time of each stage."""
+
+    @property
+    def original(self) -> Model:
+        """The model as it was read."""
+        return self.job.original
+
+    @property
+    def reduced(self) -> Model:
+        """The reduced model; the original itself where nothing was reduced."""
+        return self.job.model
+
+
+def stem_of(model: Model) -> str:
+    """A source's name without its type."""
+    stem = model.source.path.stem if model.source.format == "gguf" else model.source.path.resolve().name
+    return re.sub(r"[.-]I?Q\d\w*$|[.-](F|BF)(16|32)$", "", stem, flags=re.IGNORECASE)
+
+
+def mark(ratio: float) -> str:
+    """What a name says about the reduction."""
+    return f"-a3q{round(100 * ratio)}" if ratio > 0 else ""
