@@ -30,7 +30,11 @@ def windows(model: Model, text: Path, count: int, length: int = 1024) -> Tensor:
 
 def perplexity(model: Model, tokens: Tensor, device: torch.device) -> float:
     """exp of the mean negative log-likelihood of every token but each window's first."""
-    hidden = hidden_states(model, tokens, device)
+    return perplexity_of(model, hidden_states(model, tokens, device), tokens, device)
+
+
+def perplexity_of(model: Model, hidden: Tensor, tokens: Tensor, device: torch.device) -> float:
+    """Perplexity of `tokens` `[B, T]` from final hidden states `[B, T, hidden]` and the model's output matrix."""
     nll = 0.0
     for states, ids in zip(hidden, tokens, strict=True):
         logits = output_logits(model, states[:-1], device)

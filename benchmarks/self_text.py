@@ -13,8 +13,9 @@ from rich.console import Console
 from rich.table import Table
 
 from a3q.calibration import self_text
+from a3q.dimensions import Request, folder_grid, uniform
 from a3q.model import pick_device
-from a3q.reduce import Dimensions, reduce
+from a3q.reduce import reduce
 from benchmarks.common import perplexity, windows
 from converters.open import open_model
 
@@ -32,9 +33,7 @@ def main() -> None:
 
     device, model = pick_device(args.device), open_model(args.model)
     texts = [windows(model, path, 8) for path in (args.eval, args.ood)]
-    config, keep = model.config, 1 - args.ratio
-    head = int(config.head_dim * keep)
-    dimensions = Dimensions(head, head, int(config.intermediate_size * keep))
+    dimensions = uniform(model.family, model.config, folder_grid(model.config), Request(args.ratio))[0].dimensions
     written = self_text(model, args.sequences, 1024, 0, device)
     given = windows(model, args.text, args.sequences)
     half = args.sequences // 2
