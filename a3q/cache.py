@@ -15,19 +15,28 @@ from torch import Tensor
 from a3q import __version__
 from a3q.components import Method
 from a3q.families import COMPONENTS, Component
+from a3q.model import ModelConfig
 from a3q.sensitivity import Sensitivity, Sizes
 
 Sensitivities = list[dict[Component, Sensitivity]]
 
 
 def cache_file(
-    digests: Sequence[str], tokens: Tensor, probes: Tensor, sizes: Sequence[Sizes], ratio: float, method: Method
+    digests: Sequence[str],
+    config: ModelConfig,
+    tokens: Tensor,
+    probes: Tensor,
+    sizes: Sequence[Sizes],
+    ratio: float,
+    method: Method,
 ) -> Path:
-    """Where the sensitivities of a model (the sha256 of its weights) on these tokens belong."""
+    """Where the sensitivities of a model (the sha256 of its weights, and its form) on these tokens belong."""
     key = hashlib.sha256()
     asked = [[one[c] for c in sorted(one)] for one in sizes]
     names = [sorted(one) for one in sizes]
-    key.update(json.dumps([__version__, list(digests), asked, names, ratio, asdict(method)], default=list).encode())
+    # A folder's config.json is no part of its weight files.
+    described = [__version__, list(digests), repr(config), asked, names, ratio, asdict(method)]
+    key.update(json.dumps(described, default=list).encode())
     for part in (tokens, probes):
         key.update(str(tuple(part.shape)).encode() + part.cpu().numpy().tobytes())
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")

@@ -36,9 +36,10 @@ _Ratio = Annotated[float, typer.Option(help="Share of the reduced components' pa
 _OwnRatio = Annotated[float | None, typer.Option(help="This component's own share, apart from --ratio.")]
 _Components = Annotated[str | None, typer.Option(help="What to reduce, of qk,ov,mlp; all the output can hold.")]
 _Ranks = Annotated[
-    str, typer.Option(help="mixed: layers and components shrink by how little they matter; uniform: all alike.")
+    str | None,
+    typer.Option(help="mixed (default): layers and components shrink by how little they matter; uniform: all alike."),
 ]
-_Method = Annotated[str, typer.Option(help="a3q, or paper: A3 as published, for comparison.")]
+_Method = Annotated[str, typer.Option(help="a3q, or paper: A3 as published, all layers alike, for comparison.")]
 _Calib = Annotated[
     list[str] | None,
     typer.Option(help="Calibration text: 'self' (default), a .txt or .jsonl file, or a data set; may be repeated."),
@@ -65,7 +66,7 @@ def convert(
     ratio_qk: _OwnRatio = None,
     ratio_ov: _OwnRatio = None,
     ratio_mlp: _OwnRatio = None,
-    ranks: _Ranks = "mixed",
+    ranks: _Ranks = None,
     method: _Method = "a3q",
     calib: _Calib = None,
     calib_tokens: _CalibTokens = None,
@@ -112,10 +113,11 @@ def reduce(
     ratio_qk: _OwnRatio = None,
     ratio_ov: _OwnRatio = None,
     ratio_mlp: _OwnRatio = None,
-    ranks: _Ranks = "mixed",
+    ranks: _Ranks = None,
     method: _Method = "a3q",
     frequencies: Annotated[
-        str, typer.Option(help="per_head: each key head its own RoPE frequencies; shared: one list, for a GGUF later.")
+        str,
+        typer.Option(help="per_head: each key head its own RoPE frequencies; shared: one list, for a GGUF."),
     ] = "per_head",
     calib: _Calib = None,
     calib_tokens: _CalibTokens = None,

@@ -155,7 +155,7 @@ def settle(request: Request, grid: Grid, family: Family, explicit: bool) -> tupl
     if impossible and (explicit or impossible & request.own.keys() or not grid.components):
         names = " and ".join(sorted(impossible)).lower()
         raise InputError(
-            f"--components: stock llama.cpp cannot hold {names} of {family.name} reduced; "
+            f"--components, --ratio-…: stock llama.cpp cannot hold {names} of {family.name} reduced; "
             + ("take --components mlp, or " if "MLP" in grid.components else "")
             + "write a Hugging Face folder with a3q reduce"
         )
@@ -179,8 +179,11 @@ def settle(request: Request, grid: Grid, family: Family, explicit: bool) -> tupl
         asked = ", ".join(f"{c} {ratio:g}" for c, ratio in heads.items())
         raise InputError(
             f"--components, --ratio-qk, --ratio-ov: stock llama.cpp needs one size for keys and values ({asked}); "
-            "reduce QK and OV alike, or write a Hugging Face folder with a3q reduce"
+            "reduce QK and OV alike, or write a Hugging Face folder with a3q reduce --frequencies per_head"
         )
+    if grid.one_head_size and request.own.keys() & request.reduced & _HEADS:
+        # Sharing a budget with the MLP, the other one would come to another size.
+        request = replace(request, own={**request.own, **heads})
     return request, note
 
 

@@ -59,7 +59,7 @@ class Rope:
         return torch.cat((re * cos - im * sin, im * cos + re * sin, rest), dim=-1)
 
 
-@lru_cache(maxsize=128)
+@lru_cache(maxsize=32)
 def rope(frequencies: tuple[tuple[float, ...], ...], length: int, device: torch.device) -> Rope:
     """Rotation for positions `0 … length`, kept for the next layer with the same frequencies."""
     with torch.inference_mode(False):

@@ -178,6 +178,16 @@ class Model:
         return layers + sum(weight.numel() for weight in self.top.values())
 
 
+def free_memory() -> int:
+    """Bytes of main memory that a program may take now; a careful guess where the system does not say."""
+    try:
+        # Linux counts the file cache, which it gives up when asked, among what is available but not among free pages.
+        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        return int(lines["MemAvailable"].split()[0]) << 10
+    except (OSError, ValueError, KeyError):
+        return 8 << 30
+
+
 def pick_device(name: str) -> torch.device:
     """`auto` takes a CUDA device where there is one."""
     from a3q.errors import InputError

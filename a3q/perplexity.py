@@ -129,7 +129,10 @@ def evaluate(
     device: torch.device,
     on_progress: Progress | None = None,
 ) -> Perplexity:
-    """Perplexity of `model` on `text` in a3q's own forward pass; InputError when the text is too short."""
+    """Perplexity of `model` on `text` in a3q's own forward pass; InputError: text too short, windows too long."""
+    positions = model.top.get("positions")
+    if positions is not None and n_ctx > len(positions):
+        raise InputError(f"--ctx {n_ctx}: the model has learned {len(positions)} positions; give at most that")
     tokenizer = model.tokenizer
     bos_id = tokenizer.bos_id if tokenizer.add_bos else None
     chunks = chunk_tokens(tokenizer.encode(text), n_ctx, bos_id, max_chunks)

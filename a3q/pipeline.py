@@ -4,7 +4,6 @@ caller's callback."""
 from __future__ import annotations
 
 import hashlib
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ from a3q.dimensions import ALL, Grid, Plan, Request, settle, uniform, unreduced
 from a3q.dimensions import mixed as mixed_plan
 from a3q.errors import InputError
 from a3q.families import COMPONENTS, Component
-from a3q.model import Model, Source, pick_device
+from a3q.model import Model, Source, free_memory, pick_device
 from a3q.perplexity import compare, logits_of
 from a3q.progress import Advance, Stages
 from a3q.reduce import Reduction, reduce
@@ -56,8 +55,9 @@ class Settings:
     """None: all that the output can hold reduced."""
     own_ratios: Mapping[Component, float] = field(default_factory=dict)
     """Components with a ratio of their own."""
-    ranks: str = "mixed"
-    """`mixed`: sizes differ between layers and components by what each matters; `uniform`: all layers alike."""
+    ranks: str | None = None
+    """`mixed`: sizes differ between layers and components by what each matters; `uniform`: all layers alike, as the
+    paper has them. None: as the method has them."""
     method: str = "a3q"
     calib: Sequence[str] = (SELF,)
     calib_tokens: int | None = None
@@ -71,13 +71,19 @@ class Settings:
         components = ALL if self.components is None else self.components
         return Request(self.ratio, components | self.own_ratios.keys(), self.own_ratios)
 
+    def mixed(self) -> bool:
+        """Whether sizes may differ between layers."""
+        return self.ranks == "mixed" or (self.ranks is None and self.method == "a3q")
+
     def check(self) -> None:
         """InputError for a value out of range."""
+        if unknown := sorted(((self.components or frozenset()) | self.own_ratios.keys()) - ALL):
+            raise InputError(f"component {unknown[0]!r}: give {', '.join(COMPONENTS)}")
         ratios = {"--ratio": self.ratio, **{f"--ratio-{c.lower()}": r for c, r in self.own_ratios.items()}}
         for option, ratio in ratios.items():
             if not 0 <= ratio <= MAX_RATIO:
                 raise InputError(f"{option} {ratio:g} is out of range; give a number from 0 (untouched) to {MAX_RATIO}")
-        if self.ranks not in ("mixed", "uniform"):
+        if self.ranks not in (None, "mixed", "uniform"):
             raise InputError(f"--ranks {self.ranks}: give mixed or uniform")
         if self.method not in ("a3q", "paper"):
             raise InputError(f"--method {self.method}: give a3q or paper")
@@ -135,9 +141,9 @@ def run(original: Model, settings: Settings, grid: Grid, method: Method, held_ou
     if not request.groups() or calibration is None:
         plan = unreduced(original.family, original.config, request)
         return Reduced(original, Reduction(original, []), plan, method, (), calibration, digests, tuple(notes))
-    budget = settings.memory_budget if settings.memory_budget is not None else _half_of_free_memory()
+    budget = settings.memory_budget if settings.memory_budget is not None else free_memory() // 2
     work = _Work(original, request, grid, method, calibration, digests, device, budget, stages)
-    plan, tried = _choose(work, settings.ranks)
+    plan, tried = _choose(work, settings.mixed())
     with stages("reduce", original.config.num_hidden_layers) as advance:
         reduction = reduce(original, calibration.tokens, plan.dimensions, device, budget, method, _one(advance))
     notes += [*_shortfall(plan), *_advice(original, reduction.model, plan, calibration)]
@@ -159,12 +165,12 @@ class _Work:
     stages: Stages
 
 
-def _choose(work: _Work, ranks: str) -> tuple[Plan, tuple[tuple[Plan, float], ...]]:
+def _choose(work: _Work, mixed_ranks: bool) -> tuple[Plan, tuple[tuple[Plan, float], ...]]:
     """The dimensions of every layer, and what candidates were tried for them."""
     family, config, request, grid = work.model.family, work.model.config, work.request, work.grid
     # One head size alone, or one MLP size, leaves nothing to weigh.
     free = grid.mixed_units and "MLP" in request.reduced if grid.one_head_size else True
-    if ranks == "mixed" and free:
+    if mixed_ranks and free:
         options = mixed_plan(family, config, grid, request, _sensitivities(work))
     else:
         options = uniform(family, config, grid, request)
@@ -186,7 +192,7 @@ def _sensitivities(work: _Work) -> cache.Sensitivities:
     probes = probes[:, :length]
     asked = max(ratio for _, ratio in request.groups())
     ratio = min(PROBED_RATIOS, key=lambda probed: abs(probed - asked))
-    file = cache.cache_file(work.digests, tokens, probes, sizes, ratio, work.method)
+    file = cache.cache_file(work.digests, config, tokens, probes, sizes, ratio, work.method)
     known = cache.load(file, sizes)
     if known is None:
         with work.stages("weigh the layers", config.num_hidden_layers**2) as advance:
@@ -271,12 +277,14 @@ def _try(work: _Work, options: list[Plan]) -> tuple[tuple[Plan, float], ...]:
     tokens = _spread(work.calibration.tokens, PROBE_SEQUENCES)
     with work.stages("choose dimensions", len(options) * model.config.num_hidden_layers) as advance:
         reference = logits_of(model, sequences, work.device)
-        tried = []
-        for option in options:
+
+        # A function, so that one candidate is gone before the next takes the memory budget.
+        def mean_kl(option: Plan) -> float:
             of = reduce(model, tokens, option.dimensions, work.device, work.budget, work.method, _one(advance)).model
             logits = {"reduced": logits_of(of, sequences, work.device)}
-            tried.append((option, compare(reference, logits, sequences)["reduced"].mean_kl))
-    return tuple(tried)
+            return compare(reference, logits, sequences)["reduced"].mean_kl
+
+        return tuple((option, mean_kl(option)) for option in options)
 
 
 def provenance(reduced: Reduced, settings: Settings, version: str) -> dict[str, object]:
@@ -297,7 +305,7 @@ def provenance(reduced: Reduced, settings: Settings, version: str) -> dict[str, 
     shapes = reduced.model.config.layers
     facts |= {
         "method": reduced.method.name,
-        "ranks": settings.ranks,
+        "ranks": "mixed" if settings.mixed() else "uniform",
         "components": [c.lower() for c in COMPONENTS if c in plan.request.reduced],
         "qk_head_dim": _per_layer([shape.qk_head_dim for shape in shapes]),
         "v_head_dim": _per_layer([shape.v_head_dim for shape in shapes]),
@@ -317,7 +325,8 @@ def _shortfall(plan: Plan) -> list[str]:
     if abs(plan.achieved - plan.asked) <= 0.01:
         return []
     return [
-        f"asked for {plan.asked:.1%}, achieved {plan.achieved:.1%}: the sizes taken are the closest on this type's grid"
+        f"asked for {plan.asked:.1%}, achieved {plan.achieved:.1%}: the sizes taken are the closest that the output's "
+        "grid has"
     ]
 
 
@@ -333,14 +342,7 @@ def _advice(original: Model, reduced: Model, plan: Plan, calibration: Calibratio
     heads = {"QK", "OV"} & plan.request.reduced
     if heads and reduced.config.kv_bytes_per_token() == original.config.kv_bytes_per_token():
         advice.append(
-            "the KV cache stays as large, since the heads were the dearest place to save; --ratio-qk and --ratio-ov "
-            "make them shrink"
+            "the KV cache stays as large: the parameters were saved elsewhere than in the heads; --ratio-qk and "
+            "--ratio-ov make them shrink"
         )
     return advice
-
-
-def _half_of_free_memory() -> int:
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    except (ValueError, OSError, AttributeError):
-        return 4 << 30

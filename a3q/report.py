@@ -96,9 +96,13 @@ def _table(title: str, first: str, *numbers: str) -> Table:
 def _verified(result: Result) -> Text:
     assert result.verification is not None
     check = result.verification
-    splits = ", splits text as the source does," if check.runtime == "llama.cpp" else ""
+    opening = {
+        "llama.cpp": "llama.cpp loads it, splits text as the source does, and is",
+        "transformers": "transformers loads it and is",
+        # No place for the whole model in memory.
+        "a3q": "It is too large for transformers to be tried here; as a3q reads it back, it is",
+    }[check.runtime]
     return Text(
-        f"{check.runtime} loads it{splits} and is {check.kl_to_reduced:.2g} nats from the model in memory. Perplexity "
-        f"and KL to the original in nats: {check.scored_tokens} held-out tokens of the calibration source; KV cache: "
-        "bytes per token at f16"
+        f"{opening} {check.kl_to_reduced:.2g} nats from the model in memory. Perplexity and KL to the original in "
+        f"nats: {check.scored_tokens} held-out tokens of the calibration source; KV cache: bytes per token at f16"
     )

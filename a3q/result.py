@@ -40,7 +40,13 @@ class Result:
 
 def stem_of(model: Model) -> str:
     """A source's name without its type."""
-    stem = model.source.path.stem if model.source.format == "gguf" else model.source.path.resolve().name
+    stem = model.source.path.stem
+    if model.source.format != "gguf":
+        folder = model.source.path.resolve()
+        stem = folder.name
+        if folder.parent.name == "snapshots":
+            # In the Hub's cache, models--ORG--NAME/snapshots/COMMIT, the folder's own name says nothing.
+            stem = folder.parent.parent.name.rpartition("--")[2]
     return re.sub(r"[.-]I?Q\d\w*$|[.-](F|BF)(16|32)$", "", stem, flags=re.IGNORECASE)
 
 

@@ -78,24 +78,25 @@ def measure(
     """
     config = model.config
     x, probe = embed(model, tokens), embed(model, probes)
-    branches = torch.empty(0, *probe.shape[1:])
+    branches = torch.empty(sum(map(len, sizes)) * len(probe), *probe.shape[1:])
+    started = 0
     found: list[dict[Component, tuple[tuple[int, ...], tuple[float, ...], int]]] = []
     for shape, options, w in zip(config.layers, sizes, model.layers, strict=True):
         w = to_device(w, device)
         moments = _moments(config, shape, w, x, device)
         layer: dict[Component, tuple[tuple[int, ...], tuple[float, ...], int]] = {}
-        new_branches = []
+        earlier = started
         for component, grid in options.items():
             probed = _nearest(grid, (1 - ratio) * grid[-1])
             layer[component] = tuple(grid), tuple(_losses(config, shape, w, moments, component, grid, method)), probed
-            branch = probe.clone()
+            branch = branches[started : started + len(probe)]
+            branch.copy_(probe)
+            started += len(probe)
             new_config, new_shape, new = _alone(config, shape, w, moments, component, probed, method)
             run_layer(new_config, new_shape, new, branch, device)
-            new_branches.append(branch)
         found.append(layer)
-        run_layer(config, shape, w, branches, device)
+        run_layer(config, shape, w, branches[:earlier], device)
         run_layer(config, shape, w, probe, device)
-        branches = torch.cat((branches, *new_branches))
         on_layer()
     kls = iter(_divergences(model, probe, branches, device))
     return [{component: Sensitivity(*known, next(kls)) for component, known in layer.items()} for layer in found]

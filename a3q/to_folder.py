@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -34,7 +35,7 @@ def reduce_to_folder(
     output: str | Path | None = None,
     components: Iterable[Component] | None = None,
     own_ratios: Mapping[Component, float] | None = None,
-    ranks: str = "mixed",
+    ranks: str | None = None,
     method: str = "a3q",
     frequencies: str = "per_head",
     calib: str | Sequence[str] = SELF,
@@ -50,13 +51,16 @@ def reduce_to_folder(
     """Reduce `model` by `ratio` and write a folder of `model_type` a3q with weights of `dtype` (bf16, f16 or f32).
 
     Options as those of `a3q.to_gguf.convert`, but every size may differ between layers and between keys and values, and
-    with `frequencies` `per_head` every key head keeps RoPE frequencies of its own.
+    with `frequencies` `per_head` every key head keeps RoPE frequencies of its own. `shared` keeps one list and one head
+    size, which a GGUF can hold.
     """
     dtype = dtype.lower()
     if dtype not in DTYPES:
         raise InputError(f"--dtype {dtype}: give {', '.join(DTYPES)}")
     if frequencies not in ("per_head", "shared"):
         raise InputError(f"--frequencies {frequencies}: give per_head or shared")
+    if method == "paper" and frequencies == "shared":
+        raise InputError("--frequencies shared: the paper's method selects them for each head; leave the option out")
     settings = Settings(
         ratio,
         None if components is None else frozenset(components),
@@ -76,10 +80,17 @@ def reduce_to_folder(
     seconds: dict[str, float] = {}
     stages = timed(stages, seconds)
     original = open_model(model, pre)
+    if frequencies == "shared" and any(len(shape.frequencies) > 1 for shape in original.config.layers):
+        raise InputError(
+            f"--frequencies shared: {original.source.path} has RoPE frequencies for each key head already; reduce the "
+            "original model instead"
+        )
     asked = max((r for _, r in settings.request().groups()), default=0.0)
     folder = Path(output) if output is not None else Path(f"{stem_of(original)}{mark(asked)}")
     check_output_folder(folder, force, original.source.path)
-    grid, how = folder_grid(original.config), Method(method, frequencies)
+    # Only with one head size in all layers can all of them keep the same frequencies.
+    grid = replace(folder_grid(original.config), one_head_size=frequencies == "shared")
+    how = Method(method, frequencies)
     reduced = run(original, settings, grid, how, verify_output, stages)
 
     verification: Verification | None = None

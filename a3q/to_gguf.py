@@ -12,7 +12,7 @@ import torch
 from a3q import __version__, runtime
 from a3q.calibration import SELF
 from a3q.components import Method
-from a3q.dimensions import gguf_grid
+from a3q.dimensions import Grid, gguf_grid
 from a3q.errors import InputError, VerifyError
 from a3q.families import Component
 from a3q.model import Model, pick_device
@@ -35,7 +35,7 @@ def convert(
     output: str | Path | None = None,
     components: Iterable[Component] | None = None,
     own_ratios: Mapping[Component, float] | None = None,
-    ranks: str = "mixed",
+    ranks: str | None = None,
     method: str = "a3q",
     calib: str | Sequence[str] = SELF,
     calib_tokens: int | None = None,
@@ -81,13 +81,13 @@ def convert(
 
     original = open_model(model, pre)
     check_runtime(original)
-    _check_method(original, settings)
+    grid = gguf_grid(original.family, block_size(plan.matrix))
+    _check_method(original, settings, grid)
     ratio = max((r for _, r in settings.request().groups()), default=0.0)
     path = Path(output) if output is not None else Path(default_name(original, ratio, plan))
     check_output(path, force)
     # One list of frequencies for all heads is what a stock runtime holds.
-    grid, how = gguf_grid(original.family, block_size(plan.matrix)), Method(settings.method, "shared")
-    reduced = run(original, settings, grid, how, verify_file, stages)
+    reduced = run(original, settings, grid, Method(method, "shared"), verify_file, stages)
 
     # Whatever fails from here on, nothing stands under the final name.
     unverified = path.with_name(f".{path.name}.{os.getpid()}.unverified")
@@ -118,9 +118,9 @@ def default_name(model: Model, ratio: float, plan: QuantPlan) -> str:
     return f"{stem_of(model)}{mark(ratio)}-{plan.name.upper()}.gguf"
 
 
-def _check_method(model: Model, settings: Settings) -> None:
+def _check_method(model: Model, settings: Settings, grid: Grid) -> None:
     rotated = any(shape.pairs for shape in model.config.layers)
-    if settings.method == "paper" and rotated and "QK" in settings.request().reduced:
+    if settings.method == "paper" and rotated and "QK" in settings.request().reduced & grid.components:
         raise InputError(
             "--method paper: the paper's QK gives every key head its own RoPE frequencies, which no stock GGUF runtime "
             "holds; take --components mlp, or write a Hugging Face folder with a3q reduce"

@@ -11,7 +11,7 @@ from gguf.constants import GGMLQuantizationType
 from torch import Tensor
 
 from a3q.errors import VerifyError
-from a3q.model import Model, Tokenizer
+from a3q.model import Model, Tokenizer, free_memory
 from a3q.perplexity import LogitsOf, Perplexity, compare, logits_of
 from a3q.runtime import LlamaRuntime
 from a3q.samples import TOKENIZER_SAMPLE
@@ -132,12 +132,15 @@ def verify_folder(
     to_original = compare(source, {"reduced": memory, "written": written}, sequences, first)
     to_reduced = compare(memory, {"written": written}, sequences, first)["written"].mean_kl
     probe = sequences[:1]
-    transformed = _transformers_logits(path, device)
-    apart = compare(written, {"transformers": lambda ids: transformed(ids)[first:]}, probe, first)["transformers"]
+    apart, place = 0.0, _place(reduced, device)
+    if place is not None:
+        transformed = _transformers_logits(path, place)
+        logits = {"transformers": lambda ids: transformed(ids)[first:]}
+        apart = compare(written, logits, probe, first)["transformers"].mean_kl
     on_progress(1)
-    if not apart.mean_kl <= MAX_KL_F16 or (dtype is torch.float32 and not to_reduced <= MAX_KL_F16):
+    if not apart <= MAX_KL_F16 or (dtype is torch.float32 and not to_reduced <= MAX_KL_F16):
         raise VerifyError(
-            f"{path}: transformers predicts {apart.mean_kl:.2g} nats from a3q with the same weights, which are "
+            f"{path}: transformers predicts {apart:.2g} nats from a3q with the same weights, which are "
             f"{to_reduced:.2g} nats from the model in memory (at most {MAX_KL_F16:g} is rounding); this is a defect of "
             "a3q or of this transformers, please report it"
         )
@@ -147,8 +150,19 @@ def verify_folder(
         written=Quality(to_original["written"].perplexity, to_original["written"].mean_kl),
         kl_to_reduced=to_reduced,
         scored_tokens=to_original["written"].perplexity.tokens_scored,
-        runtime="transformers",
+        runtime="a3q" if place is None else "transformers",
     )
+
+
+def _place(model: Model, device: torch.device) -> torch.device | None:
+    """Where transformers can hold the whole model in float32, with as much again for its work; None: nowhere.
+
+    A model may be larger than memory, since a3q itself reads it layer by layer.
+    """
+    needed = 8 * model.parameters()
+    if device.type == "cuda" and needed < torch.cuda.mem_get_info(device)[0]:
+        return device
+    return torch.device("cpu") if needed < free_memory() else None
 
 
 def _transformers_logits(path: Path, device: torch.device) -> LogitsOf:

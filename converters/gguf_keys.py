@@ -92,7 +92,8 @@ def as_keys(values: Mapping[str, object]) -> dict[str, GGUFValue]:
 
 def _type_of(value: object) -> GGUFValueType | None:
     if isinstance(value, str):
-        return GGUFValueType.STRING
+        # JSON may hold half of a surrogate pair, which no file can.
+        return None if any("\ud800" <= letter <= "\udfff" for letter in value) else GGUFValueType.STRING
     if isinstance(value, float) and math.isfinite(value):
         return GGUFValueType.FLOAT32
     if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 32:

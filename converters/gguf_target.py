@@ -62,10 +62,12 @@ def target_for(model: Model) -> Target:
 def _sizes_obstacle(graph: Graph, config: ModelConfig) -> str | None:
     units = {shape.intermediate_size for shape in config.layers}
     if len(units) > 1 and not graph.mixed:
-        return f"has MLP sizes that differ between layers ({min(units)} to {max(units)}); use one for all"
+        return f"has MLP sizes that differ between layers ({min(units)} to {max(units)}); reduce with --ranks uniform"
     sizes = sorted({size for shape in config.layers for size in (shape.qk_head_dim, shape.v_head_dim)})
     if len(sizes) > 1:
-        return f"has heads of size {sizes[0]} to {sizes[-1]}, not of one size; reduce QK and OV of all layers alike"
+        return (
+            f"has heads of size {sizes[0]} to {sizes[-1]}, not of one size; reduce with a3q reduce --frequencies shared"
+        )
     heads, [size] = config.num_attention_heads, sizes
     if not graph.free_heads and heads * size != config.hidden_size:
         return f"has {heads} heads of size {size}, not as wide as the hidden size {config.hidden_size}; reduce only MLP"

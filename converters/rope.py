@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,8 +11,8 @@ from torch import Tensor
 from a3q.errors import InputError
 from a3q.model import plain_frequencies
 
-_LARGEST_LOG = math.log(3e38)
-"""Of a base that float32 holds, as it does in files."""
+LARGEST = 3e38
+"""Numbers beyond it do not fit a float32, which is what files hold."""
 
 
 def to_interleaved(weight: Tensor, heads: int) -> Tensor:
@@ -94,7 +93,7 @@ def _positive(parameters: Mapping[str, Any], key: str, origin: object) -> float:
     """A finite number above zero; InputError names the key."""
     value = parameters.get(key)
     # Compared, not asked whether it is finite: JSON knows integers that no float holds.
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= LARGEST:
         raise InputError(f"{origin}: RoPE parameter {key} must be a positive number, found {value!r}")
     return float(value)
 
@@ -115,7 +114,7 @@ def base_and_factor(frequencies: tuple[float, ...], theta: float) -> tuple[float
     if len(frequencies) > 1 and 0 < frequencies[1] < first:
         # Chosen frequencies may fall so fast that no float is their base.
         logarithm = len(frequencies) * math.log(first / frequencies[1])
-        bases += [math.exp(logarithm)] if logarithm < _LARGEST_LOG else []
+        bases += [math.exp(logarithm)] if logarithm < math.log(LARGEST) else []
     for base in bases:
         plain = plain_frequencies(base, 2 * len(frequencies))
         pairs = zip(plain, frequencies, strict=True)

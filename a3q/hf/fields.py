@@ -17,7 +17,8 @@ from a3q.model import LayerShape, ModelConfig
 _LIMIT = 1 << 31
 """No dimension is as large; a damaged one must not decide how long a loop runs."""
 
-_HUGE = 1e300
+_HUGE = 3e38
+"""Beyond it no float32 is finite, and numbers are stored and computed as such."""
 
 
 @dataclass(frozen=True)
@@ -152,8 +153,11 @@ def _frequencies(fields: _Fields, lists: Any, kv_heads: int, qk: int) -> tuple[t
     if not isinstance(lists, list | tuple) or len(lists) not in (0, 1, kv_heads):
         raise fields.wrong("frequencies", f"for each layer no list, one, or {kv_heads} (one for each key head)", lists)
     heads = tuple(_numbers(head) for head in lists)
-    if any(head is None or len(head) != len(heads[0] or ()) or 2 * len(head) > qk for head in heads):
-        raise fields.wrong("frequencies", f"for each head equally many finite numbers, at most {qk // 2}", lists)
+    if any(
+        head is None or len(head) != len(heads[0] or ()) or 2 * len(head) > qk or any(omega <= 0 for omega in head)
+        for head in heads
+    ):
+        raise fields.wrong("frequencies", f"for each head equally many positive numbers, at most {qk // 2}", lists)
     return tuple(head for head in heads if head is not None)
 
 

@@ -15,7 +15,10 @@ from torch import Tensor
 from a3q import __version__, cache
 from a3q.components import Method
 from a3q.families import Component
+from a3q.model import LayerShape, ModelConfig
 from a3q.sensitivity import Sensitivity, Sizes
+
+CONFIG = ModelConfig((LayerShape(16, 16, 64),) * 2, 64, 4, 2, 512, 256, 1e-6, True)
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,7 @@ class Asked:
     """What names a file."""
 
     digests: Sequence[str] = ("aa", "bb")
+    config: ModelConfig = CONFIG
     tokens: Tensor = field(default_factory=lambda: torch.arange(64).view(4, 16))
     probes: Tensor = field(default_factory=lambda: torch.arange(16).view(2, 8))
     sizes: Sequence[Sizes] = ({"QK": (8, 16), "MLP": (32, 64)}, {"QK": (8, 16), "MLP": (32, 64)})
@@ -31,7 +35,8 @@ class Asked:
 
     @property
     def file(self) -> Path:
-        return cache.cache_file(self.digests, self.tokens, self.probes, self.sizes, self.ratio, self.method)
+        of = self.digests, self.config
+        return cache.cache_file(*of, self.tokens, self.probes, self.sizes, self.ratio, self.method)
 
 
 @pytest.fixture(autouse=True)
@@ -63,6 +68,7 @@ def test_place(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 OTHERS: dict[str, dict[str, Any]] = {
     "another model": {"digests": ("aa", "cc")},
     "one shard less": {"digests": ("aa",)},
+    "another base of RoPE": {"config": replace(CONFIG, rope_theta=500000.0)},
     "other tokens": {"tokens": torch.arange(1, 65).view(4, 16)},
     "tokens cut otherwise": {"tokens": torch.arange(64).view(8, 8)},
     "other probes": {"probes": torch.arange(1, 17).view(2, 8)},

@@ -385,6 +385,9 @@ def test_default_name(sources: dict[str, Path], source: str, ratio: float, quant
     named = replace(model, source=replace(model.source, path=Path("some") / source, format="gguf"))
     assert default_name(named, ratio, resolve_quant(quant)) == name
     assert default_name(model, ratio, resolve_quant(quant)).startswith("llama-")
+    cached = Path("hub") / "models--org--Smol-135M" / "snapshots" / "0123abcd"
+    model = replace(model, source=replace(model.source, path=cached))
+    assert default_name(model, ratio, resolve_quant(quant)).startswith("Smol-135M-")
 
 
 def test_default_output_is_in_the_current_folder(
@@ -624,11 +627,8 @@ def test_shared_frequencies_fit_a_gguf(sources: dict[str, Path], text: Path, tmp
     ("options", "message"),
     [
         ({"ranks": "uniform"}, r"has RoPE frequencies for each key head; .*--frequencies shared"),
-        ({"components": {"QK"}}, "has heads of size .*; reduce QK and OV of all layers alike"),
-        (
-            {"own_ratios": {"OV": 0.5}, "ranks": "uniform", "frequencies": "shared"},
-            "has heads of size 16 to 24, not of",
-        ),
+        ({"components": {"QK"}}, "has heads of size .*; reduce with a3q reduce --frequencies shared"),
+        ({"own_ratios": {"OV": 0.5}, "ranks": "uniform"}, "has heads of size 16 to 24, not of"),
     ],
 )
 def test_what_no_gguf_holds(

@@ -170,6 +170,10 @@ def test_settle_wants_one_head_size(request_: Request, asked: str) -> None:
         settle(request_, gguf_grid(LLAMA, 1), LLAMA, False)
     same = Request(0.25, ALL, {"QK": 0.4, "OV": 0.4})
     assert settle(same, gguf_grid(LLAMA, 1), LLAMA, False) == (same, None)
+    # Where only one was named, with the ratio of the rest, the other must not be weighed against the MLP.
+    for named in HEADS:
+        settled, _ = settle(Request(0.25, ALL, {named: 0.25}), gguf_grid(LLAMA, 1), LLAMA, False)
+        assert settled == Request(0.25, ALL, {"QK": 0.25, "OV": 0.25})
 
 
 # Grids

@@ -153,6 +153,13 @@ def test_every_family_whole_and_reduced(kind: Kind, tmp_path: Path) -> None:
     assert values[0] != pytest.approx(values[1], rel=1e-3)
 
 
+def test_windows_end_where_learned_positions_do(tmp_path: Path) -> None:
+    of, text = open_huggingface(write_model(tmp_path, "gpt2", max_position_embeddings=32)), " ".join(corpus(20))
+    assert evaluate(of, text, 32, 1, device=CPU).chunks == 1
+    with pytest.raises(InputError, match="--ctx 33: the model has learned 32 positions"):
+        evaluate(of, text, 33, 1, device=CPU)
+
+
 def test_logits_of_sequences_are_computed_together(model: Model) -> None:
     sequences = torch.randint(model.config.vocab_size, (3, 20), generator=torch.Generator().manual_seed(SEED))
     calls: list[int] = []

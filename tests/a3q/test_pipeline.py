@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import math
+import weakref
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +21,7 @@ from a3q.errors import InputError
 from a3q.families import COMPONENTS
 from a3q.model import Model
 from a3q.pipeline import Reduced, Settings, parse_components, provenance, run, timed
+from a3q.reduce import reduce
 from converters.open import open_model
 from tests.a3q.stages import Recorded
 from tests.pico import KINDS, Kind, corpus, write_model
@@ -79,6 +82,8 @@ def test_settings_that_are_right() -> None:
         ({"own_ratios": {"QK": 1}}, "--ratio-qk 1 is out of range"),
         ({"own_ratios": {"OV": -1}}, "--ratio-ov -1 is out of range"),
         ({"own_ratios": {"MLP": math.inf}}, "--ratio-mlp inf is out of range"),
+        ({"components": frozenset(("qk",))}, "component 'qk': give QK, OV, MLP"),
+        ({"own_ratios": {"FFN": 0.1}}, "component 'FFN': give QK, OV, MLP"),
         ({"ranks": "even"}, "--ranks even: give mixed or uniform"),
         ({"method": "svd"}, "--method svd: give a3q or paper"),
         ({"seed": -1}, "--seed -1: give a number from 0 to 4294967295"),
@@ -143,7 +148,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "components": {"components": frozenset(("MLP", "OV"))},
     "tokens": {"calib_tokens": 2048},
     "frequencies": {"method": Method("a3q", "shared")},
-    "method": {"method": Method("paper", "per_head")},
+    "method": {"method": Method("paper", "per_head"), "ranks": "mixed"},
     "grid": {"grid": Grid(ALL, 4, 8)},
 }
 
@@ -236,6 +241,21 @@ def test_candidates_are_tried(model: Model) -> None:
     assert "choose dimensions" in stages.titles
     assert result.plan == min(result.tried, key=lambda pair: pair[1])[0]
     assert all(kl > 0 for _, kl in result.tried)
+
+
+def test_one_candidate_is_held_at_a_time(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[weakref.ref[Any]] = []
+
+    def watched(*arguments: Any) -> Any:
+        gc.collect()
+        assert not any(ref() for ref in made)
+        reduction = reduce(*arguments)
+        made.append(weakref.ref(reduction.model.layers))
+        return reduction
+
+    monkeypatch.setattr(pipeline, "reduce", watched)
+    reduced(model, gguf_grid(model.family, 1), Method("a3q", "shared"), ranks="uniform", ratio=0.2)
+    assert len(made) == 3
 
 
 def test_a_kv_cache_that_stays_is_said(pico: Path) -> None:

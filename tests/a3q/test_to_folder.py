@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,12 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from a3q import InputError, Result, VerifyError, __version__, convert, reduce_to_folder, to_folder
 from a3q.forward import hidden_states, output_logits
 from a3q.model import Model
+from a3q.report import render
 from converters.gguf_reader import open_gguf
 from converters.gguf_writer import write_gguf
 from converters.hf_writer import write_huggingface
@@ -160,6 +163,8 @@ def test_keys_keep_frequencies_of_their_own(sources: dict[str, Path], text: Path
             verify_output=False,
         ).result.path
         assert [len(layer) for layer in config(path)["frequencies"]] == [lists] * 2
+    with pytest.raises(InputError, match=r"--frequencies shared: .* for each key head already; reduce the original"):
+        reduced(tmp_path / "per_head", tmp_path / "again", text, frequencies="shared")
 
 
 def test_provenance(run: Run) -> None:
@@ -200,6 +205,38 @@ def test_no_bar_but_those_of_a3q(
     capfd.readouterr()
     reduced(sources["llama"], tmp_path / "m", text)
     assert capfd.readouterr() == ("", "")
+
+
+def test_shared_frequencies_make_a_folder_that_converts(sources: dict[str, Path], text: Path, tmp_path: Path) -> None:
+    """With sizes that differ between layers as well, since only the MLP's may."""
+    path = reduced(sources["llama"], tmp_path / "m", text, frequencies="shared", ratio=0.4).result.path
+    config_ = open_model(path).config
+    assert len({(one.qk_head_dim, one.v_head_dim, one.frequencies) for one in config_.layers}) == 1
+    converted = convert(path, ratio=0, quant="f16", output=tmp_path / "m.gguf", device="cpu", verify_file=False)
+    assert converted.reduced.config == config_
+
+
+def test_the_paper_reduces_all_layers_alike(sources: dict[str, Path], text: Path, tmp_path: Path) -> None:
+    result = reduced(sources["llama"], tmp_path / "m", text, method="paper", ranks=None).result
+    assert config(result.path)["reduction"]["ranks"] == "uniform"
+    shapes = result.reduced.config.layers
+    assert {(one.qk_head_dim, one.v_head_dim, one.intermediate_size) for one in shapes} == {(12, 12, 72)}
+    with pytest.raises(InputError, match="--frequencies shared: the paper's method selects them"):
+        reduced(sources["llama"], tmp_path / "n", text, method="paper", frequencies="shared")
+
+
+def test_a_model_too_large_for_memory_is_not_given_to_transformers(
+    sources: dict[str, Path], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("a3q.verify.free_memory", lambda: 1 << 19)
+    monkeypatch.setattr("a3q.verify._transformers_logits", None)
+    result = reduced(sources["llama"], tmp_path / "m", text, dtype="f32").result
+    assert result.verification is not None
+    assert result.verification.runtime == "a3q"
+    assert result.verification.kl_to_reduced < 1e-4
+    shown = io.StringIO()
+    Console(file=shown, width=200).print(render(result))
+    assert "too large for transformers" in shown.getvalue()
 
 
 # Options

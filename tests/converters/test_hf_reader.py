@@ -129,6 +129,9 @@ BAD_CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"num_key_value_heads": 3}, "3 key heads"),
     ({"max_position_embeddings": None}, "max_position_embeddings"),
     ({"rms_norm_eps": 0}, "rms_norm_eps"),
+    # No float32, so that no GGUF could hold them.
+    ({"rms_norm_eps": 1e39}, "rms_norm_eps"),
+    ({"rope_parameters": {"rope_theta": 1e39}}, "rope_theta"),
     ({"intermediate_size": 128}, "gate_proj.weight has shape [96, 64]"),
     ({"vocab_size": 500}, "embed_tokens.weight has shape [512, 64]"),
     ({"num_hidden_layers": 3}, "model.layers.2.input_layernorm.weight"),
