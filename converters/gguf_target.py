@@ -65,9 +65,8 @@ def _sizes_obstacle(graph: Graph, config: ModelConfig) -> str | None:
         return f"has MLP sizes that differ between layers ({min(units)} to {max(units)}); reduce with --ranks uniform"
     sizes = sorted({size for shape in config.layers for size in (shape.qk_head_dim, shape.v_head_dim)})
     if len(sizes) > 1:
-        return (
-            f"has heads of size {sizes[0]} to {sizes[-1]}, not of one size; reduce with a3q reduce --frequencies shared"
-        )
+        advice = "reduce with a3q reduce --frequencies shared" if graph.factors else "reduce only MLP"
+        return f"has heads of size {sizes[0]} to {sizes[-1]}, not of one size; {advice}"
     heads, [size] = config.num_attention_heads, sizes
     if not graph.free_heads and heads * size != config.hidden_size:
         return f"has {heads} heads of size {size}, not as wide as the hidden size {config.hidden_size}; reduce only MLP"

@@ -245,7 +245,8 @@ def chosen_locally(model: Model) -> Model:
 REFUSED: dict[str, tuple[dict[str, Any], Change | None, str]] = {
     "opt": ({"kind": "opt"}, None, "no architecture for opt"),
     "mixed heads": ({}, lambda m: reshaped(m, [m.config.layers[0], LayerShape(8, 8, 96, (CHOSEN,))]), "8 to 16"),
-    "values apart": ({}, heads(16, 8), "8 to 16, not of one size; reduce QK and OV"),
+    "values apart": ({}, heads(16, 8), "8 to 16, not of one size; reduce with a3q reduce --frequencies shared"),
+    "values apart, gpt_neox": ({"kind": "gpt_neox"}, heads(16, 8), "8 to 16, not of one size; reduce only MLP"),
     "mixed MLP, qwen3": ({"kind": "qwen3"}, mlp_sizes(64, 96), "64 to 96"),
     "mixed MLP, gpt2": ({"kind": "gpt2"}, mlp_sizes(64, 96), "64 to 96"),
     "list for each head": ({}, heads(8, 8, CHOSEN, CHOSEN[::-1]), "for each key head"),
