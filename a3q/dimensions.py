@@ -44,6 +44,11 @@ class Request:
         return [(members, ratio) for members, ratio in groups if ratio > 0]
 
     @property
+    def largest(self) -> float:
+        """The greatest share that goes of any component; 0 where nothing goes."""
+        return max((ratio for _, ratio in self.groups()), default=0.0)
+
+    @property
     def reduced(self) -> frozenset[Component]:
         """Components of which something goes."""
         return frozenset().union(*(members for members, _ in self.groups()))

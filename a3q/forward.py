@@ -167,11 +167,18 @@ def mlp(config: ModelConfig, w: Layer, x: Tensor, observe: Observer | None = Non
     return F.linear(m, w["down"], w.get("down_bias"))
 
 
-def block(config: ModelConfig, shape: LayerShape, w: Layer, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+def block(
+    config: ModelConfig,
+    shape: LayerShape,
+    w: Layer,
+    x: Tensor,
+    cache: KeyValueCache | None = None,
+    observe: Observer | None = None,
+) -> Tensor:
     """One decoder layer, `[B, T, hidden]` to the same shape. A cache may hold earlier positions only when T is 1."""
-    attended = attention(config, shape, w, norm(config, w, "attn_norm", x), cache=cache)
+    attended = attention(config, shape, w, norm(config, w, "attn_norm", x), observe, cache)
     y = x + norm(config, w, "attn_post_norm", attended)
-    inner = mlp(config, w, norm(config, w, "mlp_norm", x if config.parallel_residual else y))
+    inner = mlp(config, w, norm(config, w, "mlp_norm", x if config.parallel_residual else y), observe)
     return y + norm(config, w, "mlp_post_norm", inner)
 
 

@@ -190,8 +190,7 @@ def _sensitivities(work: _Work) -> cache.Sensitivities:
     count, length = PROBES[work.device.type]
     tokens, probes = _spread(work.calibration.tokens, MOMENT_SEQUENCES), _spread(work.calibration.tokens, count)
     probes = probes[:, :length]
-    asked = max(ratio for _, ratio in request.groups())
-    ratio = min(PROBED_RATIOS, key=lambda probed: abs(probed - asked))
+    ratio = min(PROBED_RATIOS, key=lambda probed: abs(probed - request.largest))
     file = cache.cache_file(work.digests, config, tokens, probes, sizes, ratio, work.method)
     known = cache.load(file, sizes)
     if known is None:

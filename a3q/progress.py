@@ -39,3 +39,15 @@ def shown_on(console: Console) -> Stages:
             progress.update(task, completed=total)
 
     return stage
+
+
+def share_of(advance: Advance) -> Callable[[int, int], None]:
+    """Progress in bytes done of all, as advances of one whole."""
+    done = 0.0
+
+    def progress(bytes_done: int, bytes_total: int) -> None:
+        nonlocal done
+        advance(bytes_done / bytes_total - done)
+        done = bytes_done / bytes_total
+
+    return progress

@@ -124,12 +124,13 @@ def reduce(
     shapes, losses = [], []
     for shape, target, w in zip(model.config.layers, dimensions, model.layers, strict=True):
         w = to_device(w, device)
+        if normed_apart:
+            # The forward pass makes the same of copies, so both streams may run on them.
+            spread_norms(model.config, w)
         if reduced is None:
             layer, new_shape, loss = reduce_plainly(w, shape, target, reference, method)
         else:
             layer, new_shape, loss = reduce_fitted(w, shape, target, reference, reduced, method)
-        if normed_apart and reduced is None and target.qk_head_dim == shape.qk_head_dim:
-            spread_norms(model.config, layer)
         layers.append(to_device(layer, model.embed.device))
         shapes.append(new_shape)
         losses.append(loss)
@@ -264,8 +265,6 @@ def _fit_attention(
         reference.add(part, w, "attn_post_norm", reference.attention(shape, w, part))
         outputs[part] = local.attention(shape, w, part, statistics).to(outputs.device)
     new_shape, qk, ov = _reduce_attention(config, shape, target, new, statistics, method)
-    if reduced.config.qk_norm != config.qk_norm and target.qk_head_dim == shape.qk_head_dim:
-        spread_norms(config, new)
 
     width = config.num_attention_heads * target.v_head_dim
     fit = _Refit(width, hidden, device)

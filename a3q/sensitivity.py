@@ -18,10 +18,9 @@ from a3q.allocate import Curve
 from a3q.components import Method, ov_loss, qk_loss, reduce_mlp, reduce_ov, reduce_qk
 from a3q.families import Component
 from a3q.forward import (
-    attention,
     batches,
+    block,
     embed,
-    mlp,
     norm,
     output_logits,
     run_layer,
@@ -55,8 +54,17 @@ class Sensitivity:
 
 @dataclass
 class _Moments:
+    """What all components need of one layer; an observer of `a3q.forward.block`."""
+
     attention: AttentionStatistics
     mlp: Moment
+
+    def __call__(self, name: str, x: Tensor) -> None:
+        """Take in what a batch's attention or MLP shows."""
+        if name == "m":
+            self.mlp.add(x.flatten(0, 1))
+        else:
+            self.attention(name, x)
 
 
 @torch.inference_mode()
@@ -112,14 +120,7 @@ def _moments(config: ModelConfig, shape: LayerShape, w: Layer, x: Tensor, device
     units = shape.intermediate_size
     moments = _Moments(AttentionStatistics(config, shape, x.shape[1], device), Moment(units, units, device=device))
     for part in batches(config, x.shape[0], x.shape[1]):
-        entry = x[part].to(device)
-        attended = attention(config, shape, w, norm(config, w, "attn_norm", entry), moments.attention)
-        y = entry + norm(config, w, "attn_post_norm", attended)
-        seen: dict[str, Tensor] = {}
-        inner = norm(config, w, "mlp_norm", entry if config.parallel_residual else y)
-        out = mlp(config, w, inner, seen.__setitem__)
-        moments.mlp.add(seen["m"].flatten(0, 1))
-        x[part] = (y + norm(config, w, "mlp_post_norm", out)).to(x.device)
+        x[part] = block(config, shape, w, x[part].to(device), observe=moments).to(x.device)
     return moments
 
 

@@ -13,13 +13,12 @@ from a3q import __version__
 from a3q.calibration import SELF
 from a3q.components import Method
 from a3q.dimensions import folder_grid
-from a3q.errors import InputError, VerifyError
+from a3q.errors import InputError, named
 from a3q.families import Component
 from a3q.model import pick_device
 from a3q.pipeline import Settings, provenance, run, timed
-from a3q.progress import Stages, silent
+from a3q.progress import Stages, share_of, silent
 from a3q.result import Result, mark, stem_of
-from a3q.to_gguf import share_of
 from a3q.verify import Verification, verify_folder
 from converters.hf_writer import check_output_folder, write_huggingface
 from converters.open import open_model
@@ -85,8 +84,7 @@ def reduce_to_folder(
             f"--frequencies shared: {original.source.path} has RoPE frequencies for each key head already; reduce the "
             "original model instead"
         )
-    asked = max((r for _, r in settings.request().groups()), default=0.0)
-    folder = Path(output) if output is not None else Path(f"{stem_of(original)}{mark(asked)}")
+    folder = Path(output) if output is not None else Path(f"{stem_of(original)}{mark(settings.request().largest)}")
     check_output_folder(folder, force, original.source.path)
     # Only with one head size in all layers can all of them keep the same frequencies.
     grid = replace(folder_grid(original.config), one_head_size=frequencies == "shared")
@@ -101,14 +99,9 @@ def reduce_to_folder(
         if reduced.calibration is None:
             return
         sequences = reduced.calibration.held_out
-        with stages("verify in transformers", 3 * original.config.num_hidden_layers + 1) as advance:
-            try:
-                verification = verify_folder(
-                    part, original, reduced.model, DTYPES[dtype], sequences, torch_device, advance
-                )
-            except (InputError, VerifyError) as error:
-                # The user knows the output by its final name.
-                raise type(error)(str(error).replace(str(part), str(folder))) from error
+        work = 3 * original.config.num_hidden_layers + 1
+        with stages("verify in transformers", work) as advance, named(part, folder):
+            verification = verify_folder(part, original, reduced.model, DTYPES[dtype], sequences, torch_device, advance)
 
     # A reduced model that is only rewritten keeps the record of its reduction.
     earlier = {key.removeprefix("a3q."): one.value for key, one in original.metadata.items() if key.startswith("a3q.")}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,11 +13,11 @@ from a3q import __version__, runtime
 from a3q.calibration import SELF
 from a3q.components import Method
 from a3q.dimensions import Grid, gguf_grid
-from a3q.errors import InputError, VerifyError
+from a3q.errors import InputError, named
 from a3q.families import Component
 from a3q.model import Model, pick_device
 from a3q.pipeline import Reduced, Settings, provenance, run, timed
-from a3q.progress import Stages, silent
+from a3q.progress import Stages, share_of, silent
 from a3q.result import Result, mark, stem_of
 from a3q.verify import Verification, verify
 from converters.gguf_keys import as_keys
@@ -83,8 +83,7 @@ def convert(
     check_runtime(original)
     grid = gguf_grid(original.family, block_size(plan.matrix))
     _check_method(original, settings, grid)
-    ratio = max((r for _, r in settings.request().groups()), default=0.0)
-    path = Path(output) if output is not None else Path(default_name(original, ratio, plan))
+    path = Path(output) if output is not None else Path(default_name(original, settings.request().largest, plan))
     check_output(path, force)
     # One list of frequencies for all heads is what a stock runtime holds.
     reduced = run(original, settings, grid, Method(method, "shared"), verify_file, stages)
@@ -92,14 +91,12 @@ def convert(
     # Whatever fails from here on, nothing stands under the final name.
     unverified = path.with_name(f".{path.name}.{os.getpid()}.unverified")
     try:
-        written = _write(reduced, plan, settings, unverified, stages)
-        verification = None
-        if verify_file:
-            verification = _verify(reduced, plan, unverified, torch_device, stages)
-        unverified.replace(path)
-    except (InputError, VerifyError) as error:
-        # The user knows the output by its final name.
-        raise type(error)(str(error).replace(str(unverified), str(path))) from error
+        with named(unverified, path):
+            written = _write(reduced, plan, settings, unverified, stages)
+            verification = None
+            if verify_file:
+                verification = _verify(reduced, plan, unverified, torch_device, stages)
+            unverified.replace(path)
     finally:
         unverified.unlink(missing_ok=True)
     return Result(
@@ -138,18 +135,6 @@ def _write(reduced: Reduced, plan: QuantPlan, settings: Settings, path: Path, st
     fields = as_keys({**{f"a3q.{key}": value for key, value in facts.items()}, **base_model})
     with stages("quantize and write", 1.0) as advance:
         return write_gguf(reduced.model, plan, path, name=name, provenance=fields, progress=share_of(advance))
-
-
-def share_of(advance: Callable[[float], None]) -> Callable[[int, int], None]:
-    """Progress in bytes done of all, as advances of one whole."""
-    done = 0.0
-
-    def progress(bytes_done: int, bytes_total: int) -> None:
-        nonlocal done
-        advance(bytes_done / bytes_total - done)
-        done = bytes_done / bytes_total
-
-    return progress
 
 
 def _verify(reduced: Reduced, plan: QuantPlan, path: Path, device: torch.device, stages: Stages) -> Verification:

@@ -87,21 +87,30 @@ def verify(
             on_progress(1)
             return torch.cat([torch.from_numpy(chunk) for chunk in runtime.logits_chunks(sequence.tolist(), first)])
 
-        to_original = compare(source, {"reduced": memory, "written": written}, sequences, first)
-        to_reduced = compare(memory, {"written": written}, sequences, first)["written"].mean_kl
+        found = _compared(source, memory, written, sequences, "llama.cpp")
     # Written so that a NaN fails too.
-    if plan.matrix in _EXACT and not to_reduced <= MAX_KL_F16:
+    if plan.matrix in _EXACT and not found.kl_to_reduced <= MAX_KL_F16:
         raise VerifyError(
-            f"{path}: llama.cpp's predictions are {to_reduced:.2g} nats from the model that was written (at most "
-            f"{MAX_KL_F16:g} is rounding); this is a defect of a3q or of this llama.cpp, please report it"
+            f"{path}: llama.cpp's predictions are {found.kl_to_reduced:.2g} nats from the model that was written (at "
+            f"most {MAX_KL_F16:g} is rounding); this is a defect of a3q or of this llama.cpp, please report it"
         )
+    return found
+
+
+def _compared(
+    original: LogitsOf, reduced: LogitsOf, written: LogitsOf, sequences: Tensor, runtime: str
+) -> Verification:
+    """The three models on `sequences` `[B, T]`, positions from T / 2 on."""
+    first = sequences.shape[1] // 2
+    to_original = compare(original, {"reduced": reduced, "written": written}, sequences, first)
+    to_reduced = compare(reduced, {"written": written}, sequences, first)["written"].mean_kl
     return Verification(
         original=Quality(to_original["written"].reference_perplexity, None),
         reduced=Quality(to_original["reduced"].perplexity, to_original["reduced"].mean_kl),
         written=Quality(to_original["written"].perplexity, to_original["written"].mean_kl),
         kl_to_reduced=to_reduced,
         scored_tokens=to_original["written"].perplexity.tokens_scored,
-        runtime="llama.cpp",
+        runtime=runtime,
     )
 
 
@@ -129,29 +138,21 @@ def verify_folder(
     if reduced is original:
         on_progress(original.config.num_hidden_layers)
     written = in_memory(open_model(path))
-    to_original = compare(source, {"reduced": memory, "written": written}, sequences, first)
-    to_reduced = compare(memory, {"written": written}, sequences, first)["written"].mean_kl
-    probe = sequences[:1]
-    apart, place = 0.0, _place(reduced, device)
+    place = _place(reduced, device)
+    found = _compared(source, memory, written, sequences, "a3q" if place is None else "transformers")
+    apart = 0.0
     if place is not None:
         transformed = _transformers_logits(path, place)
         logits = {"transformers": lambda ids: transformed(ids)[first:]}
-        apart = compare(written, logits, probe, first)["transformers"].mean_kl
+        apart = compare(written, logits, sequences[:1], first)["transformers"].mean_kl
     on_progress(1)
-    if not apart <= MAX_KL_F16 or (dtype is torch.float32 and not to_reduced <= MAX_KL_F16):
+    if not apart <= MAX_KL_F16 or (dtype is torch.float32 and not found.kl_to_reduced <= MAX_KL_F16):
         raise VerifyError(
             f"{path}: transformers predicts {apart:.2g} nats from a3q with the same weights, which are "
-            f"{to_reduced:.2g} nats from the model in memory (at most {MAX_KL_F16:g} is rounding); this is a defect of "
-            "a3q or of this transformers, please report it"
+            f"{found.kl_to_reduced:.2g} nats from the model in memory (at most {MAX_KL_F16:g} is rounding); this is a "
+            "defect of a3q or of this transformers, please report it"
         )
-    return Verification(
-        original=Quality(to_original["written"].reference_perplexity, None),
-        reduced=Quality(to_original["reduced"].perplexity, to_original["reduced"].mean_kl),
-        written=Quality(to_original["written"].perplexity, to_original["written"].mean_kl),
-        kl_to_reduced=to_reduced,
-        scored_tokens=to_original["written"].perplexity.tokens_scored,
-        runtime="a3q" if place is None else "transformers",
-    )
+    return found
 
 
 def _place(model: Model, device: torch.device) -> torch.device | None:
