@@ -19,7 +19,9 @@ from torch import Tensor
 from a3q.errors import InputError
 from a3q.families import Family, Role, family_for_gguf
 from a3q.model import Layer, LayerShape, Model, ModelConfig, Source, plain_frequencies
+from a3q.solve.grid import GRIDS, Blocks
 from converters import rope
+from converters.ggml_pack import unpack
 from converters.gguf_file import read_parts, reading
 from converters.gguf_graphs import GRAPHS, LOCAL_BASE, Graph, alibi_slopes, local_layers, query_scale
 from converters.gguf_keys import Keys
@@ -86,6 +88,20 @@ class GGUFHeader:
                 layer[role.name] = self._arranged(role, part if len(roles) == 1 else part.clone())
         return layer
 
+    def blocks(self, i: int) -> dict[str, Blocks]:
+        """Those weights of layer `i` by role that are stored on a grid a3q knows: the very same as `layer` gives."""
+        config, shape = self.config, self.config.layers[i]
+        found: dict[str, Blocks] = {}
+        for name, roles in stored_roles(self.family, "gguf", i).items():
+            tensor = self.tensors.get(name)
+            grid = None if tensor is None else GRIDS.get(tensor.tensor_type.name.lower())
+            if tensor is None or grid is None:
+                continue
+            whole = unpack(tensor.data, grid)
+            for role, part in zip(roles, whole.split([r.expected_shape(config, shape)[0] for r in roles]), strict=True):
+                found[role.name] = part.rows(self._arranged(role, torch.arange(len(part.codes))))
+        return found
+
     def _arranged(self, role: Role, weight: Tensor) -> Tensor:
         if role.name == "q_norm":
             weight = weight * query_scale(self.architecture, self.config)
@@ -115,7 +131,7 @@ def open_gguf(path: Path) -> Model:
         family=family,
         config=header.config,
         top={role.name: header.weight(role.gguf) for role in family.top if role.gguf in tensors},
-        layers=LazyLayers(header.config.num_hidden_layers, header.layer),
+        layers=LazyLayers(header.config.num_hidden_layers, header.layer, header.blocks),
         layer_roles=frozenset(role.name for role, name in layer_names(family, "gguf", 0) if name in tensors),
         tokenizer=tokenizer_from_gguf(header.fields, path),
         metadata=_carried(header),

@@ -6,11 +6,11 @@ import errno
 import hashlib
 import os
 import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -18,26 +18,40 @@ import gguf
 import numpy as np
 import torch
 from gguf import GGUFValueType, quants
-from gguf.constants import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType
+from gguf.constants import GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType
 from gguf.gguf_writer import GGUFValue
+from numpy.typing import NDArray
 from torch import Tensor
 
 from a3q.errors import InputError, VerifyError
 from a3q.families import Role
-from a3q.model import Layer, LayerShape, Model, ModelConfig
-from converters import rope
+from a3q.model import Layer, Model, ModelConfig
+from a3q.solve.gptq import nearest
+from a3q.solve.grid import GRIDS
+from converters import ggml_encode, rope
+from converters.assignment import Types, assign
+from converters.entries import Entry, entries
+from converters.ggml_pack import pack
 from converters.gguf_graphs import query_scale
-from converters.gguf_reader import ROPE_FACTORS, GGUFHeader, check_gguf
+from converters.gguf_reader import GGUFHeader, check_gguf
 from converters.gguf_target import Target, as_read_back, dimension_keys, factors_for, target_for
-from converters.tensors import check_finite, stored_roles
-from converters.types import QuantPlan, type_for
+from converters.tensors import check_finite
+from converters.types import QuantPlan
 
+_T = GGMLQuantizationType
+_BY_GGUF = frozenset((_T.F32, _T.F16, _T.BF16, _T.Q8_0, _T.Q5_1, _T.Q5_0, _T.Q4_1, _T.Q4_0))
+"""Types that the gguf package encodes itself."""
 _HALF_MAX = 65504.0
+_PROVENANCE_ROOM = 16 << 10
+"""What a3q says about a file takes less, with sizes of its own in each of a hundred layers."""
 _HEADER_ROOM = 16 << 20
 """Free space asked for beside the tensors: metadata, of which the vocabulary is the bulk."""
 
 Progress = Callable[[int, int], None]
 """Called with the bytes written so far and the bytes in all."""
+Packed = Callable[[int | None, str], NDArray[np.uint8] | None]
+"""Given a layer (None: outside the layers) and a role, the weight already encoded as its tensor's type, uint8
+`[rows, bytes of a row]` with the rows in the order of the model; None where there is only the weight itself."""
 
 
 @dataclass(frozen=True)
@@ -52,27 +66,6 @@ class WrittenFile:
     notes: tuple[str, ...]
     """Where a tensor has another type than was asked for."""
     sha256: str
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """One tensor to be written."""
-
-    name: str
-    roles: tuple[Role, ...]
-    """Whose rows follow one another in it; none: the RoPE factors."""
-    shape: tuple[int, ...]
-    kind: GGMLQuantizationType
-    layer: int | None
-
-    @property
-    def weights(self) -> int:
-        return prod(self.shape)
-
-    @property
-    def bytes(self) -> int:
-        block, size = GGML_QUANT_SIZES[self.kind]
-        return self.weights // int(block) * int(size)
 
 
 def check_output(path: Path, force: bool = False) -> None:
@@ -95,27 +88,34 @@ def write_gguf(
     name: str | None = None,
     provenance: Mapping[str, GGUFValue] | None = None,
     progress: Progress | None = None,
+    types: Types | None = None,
+    packed: Packed | None = None,
 ) -> WrittenFile:
     """Write `model` as `plan` says. `path` is replaced at the end or not touched at all.
+
+    `types`: of every tensor, as `assign` settled them; settled here, without measuring, unless given. `packed`: where
+    weights were encoded before; a tensor is written from it if it has all of the tensor's roles.
 
     InputError: what llama.cpp cannot hold (see `check_runtime`), no room, a folder that is not there, a weight that the
     type cannot hold. VerifyError: the file does not read back as what was meant.
     """
     target = target_for(model)
     check_output(path, force=True)
-    entries, notes = _entries(model, target, plan)
-    needed = sum(_padded(entry.bytes) for entry in entries) + _HEADER_ROOM
+    tensors = entries(model, target)
+    if types is None:
+        types = assign(plan, tensors, model.config, target.tied)
+    needed = sum(_padded(entry.bytes(types.kinds[entry.name])) for entry in tensors) + _HEADER_ROOM
     free = shutil.disk_usage(path.parent).free
     if free < needed:
         raise InputError(f"{path}: disk full: {needed:,} bytes are needed and {free:,} are free; make room")
     if name is None and "general.name" not in model.metadata:
         name = path.stem
-    weights = sum(entry.weights for entry in entries)
+    weights = sum(entry.weights for entry in tensors)
     metadata = _metadata(model, target, plan, name, weights) | dict(provenance or {})
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        _write(part, model, target, entries, metadata, progress)
-        _check(check_gguf(part), model, target, entries)
+        _write(part, model, target, tensors, types, packed, metadata, progress)
+        _check(check_gguf(part), model, target, tensors, types)
         digest = _sync_and_hash(part)
         part.replace(path)
     except OSError as error:
@@ -125,10 +125,13 @@ def write_gguf(
         raise InputError(f"{path}: cannot be written: {error.strerror}") from error
     finally:
         part.unlink(missing_ok=True)
-    types: Counter[str] = Counter()
-    for entry in entries:
-        types[entry.kind.name] += entry.weights
-    return WrittenFile(path, path.stat().st_size, dict(types), notes, digest)
+    totals: Counter[str] = Counter()
+    for entry in tensors:
+        totals[types.kinds[entry.name].name] += entry.weights
+    notes = types.notes
+    if model.config.tie_word_embeddings and not target.tied:
+        notes += (f"output: llama.cpp's {target.architecture} needs one of its own; the embedding is stored twice",)
+    return WrittenFile(path, path.stat().st_size, dict(totals), notes, digest)
 
 
 def _padded(size: int) -> int:
@@ -136,57 +139,25 @@ def _padded(size: int) -> int:
     return -(-size // alignment) * alignment
 
 
-def _entries(model: Model, target: Target, plan: QuantPlan) -> tuple[list[_Entry], tuple[str, ...]]:
-    """All tensors in the order of the file, and a note for each role whose type had to differ."""
-    config = model.config
-    entries: list[_Entry] = []
-    notes: Counter[tuple[str, str]] = Counter()
-
-    def add(name: str, roles: Sequence[Role], shape: LayerShape, layer: int | None) -> None:
-        parts = [role.expected_shape(config, shape) for role in roles]
-        whole = (sum(part[0] for part in parts), *parts[0][1:])
-        kind, note = type_for(roles[0].name, whole, plan)
-        if note is not None:
-            notes[", ".join(role.name for role in roles), note] += 1
-        entries.append(_Entry(name, tuple(roles), whole, kind, layer))
-
-    for role in target.family.top:
-        if (role.name in model.top and role.name != "output") or (role.name == "output" and not target.tied):
-            add(role.gguf, [role], config.layers[0], None)
-    if (factors := factors_for(target, config)) is not None:
-        entries.append(_Entry(ROPE_FACTORS, (), (len(factors),), GGMLQuantizationType.F32, None))
-    for i, shape in enumerate(config.layers):
-        for name, roles in stored_roles(target.family, "gguf", i).items():
-            if roles[0].name in model.layer_roles:
-                add(name, roles, shape, i)
-    said = [f"{roles} ({count} tensors): {note}" for (roles, note), count in notes.items()]
-    if config.tie_word_embeddings and not target.tied:
-        said.append(f"output: llama.cpp's {target.architecture} needs one of its own; the embedding is stored twice")
-    return entries, tuple(said)
-
-
 def _write(
     part: Path,
     model: Model,
     target: Target,
-    entries: list[_Entry],
+    tensors: list[Entry],
+    types: Types,
+    packed: Packed | None,
     metadata: Mapping[str, GGUFValue],
     progress: Progress | None,
 ) -> None:
     """Header, then one tensor after another; one layer is in memory at a time."""
+    sizes = {entry.name: entry.bytes(types.kinds[entry.name]) for entry in tensors}
+    total, done = sum(sizes.values()), 0
     writer = gguf.GGUFWriter(part, target.architecture)
-    for key, value in metadata.items():
-        writer.add_key_value(key, value.value, value.type, value.sub_type)
-    for entry in entries:
-        writer.add_tensor_info(entry.name, entry.shape, np.dtype(np.float32), entry.bytes, raw_dtype=entry.kind)
-    total, done = sum(entry.bytes for entry in entries), 0
     try:
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for entry, parts in _weights(model, target, entries):
-            writer.write_tensor_data(_encode(entry, parts, model, target))
-            done += entry.bytes
+        _write_header(writer, tensors, types.kinds, metadata)
+        for entry, data in _contents(model, target, tensors, types, packed):
+            writer.write_tensor_data(data)
+            done += sizes[entry.name]
             if progress is not None:
                 progress(done, total)
         writer.flush()
@@ -194,22 +165,84 @@ def _write(
         writer.close()
 
 
-def _weights(model: Model, target: Target, entries: list[_Entry]) -> Iterator[tuple[_Entry, list[Tensor]]]:
-    """The weights of each entry, one for each of its roles."""
+def _write_header(
+    writer: gguf.GGUFWriter,
+    tensors: Sequence[Entry],
+    kinds: Mapping[str, GGMLQuantizationType],
+    metadata: Mapping[str, GGUFValue],
+) -> None:
+    for key, value in metadata.items():
+        writer.add_key_value(key, value.value, value.type, value.sub_type)
+    for entry in tensors:
+        kind = kinds[entry.name]
+        writer.add_tensor_info(entry.name, entry.shape, np.dtype(np.float32), entry.bytes(kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+
+
+def header_size(model: Model) -> int:
+    """Bytes of a file of `model` before its first tensor, with room for what is said about its making."""
+    target = target_for(model)
+    tensors = entries(model, target)
+    metadata = _metadata(model, target, QuantPlan("f32"), model.source.path.stem, 0)
+    with tempfile.TemporaryDirectory(prefix="a3q-") as folder:
+        part = Path(folder) / "header"
+        writer = gguf.GGUFWriter(part, target.architecture)
+        try:
+            _write_header(writer, tensors, {entry.name: _T.F32 for entry in tensors}, metadata)
+        finally:
+            writer.close()
+        return part.stat().st_size + _PROVENANCE_ROOM
+
+
+def _contents(
+    model: Model, target: Target, tensors: list[Entry], types: Types, packed: Packed | None
+) -> Iterator[tuple[Entry, NDArray[Any]]]:
+    """The bytes of each tensor as an array."""
     top = {**model.top, "output": model.output}
     layer: Layer = {}
     loaded: int | None = None
-    for entry in entries:
+    for entry in tensors:
+        kind = types.kinds[entry.name]
+        if packed is not None and (ready := _ready(entry, kind, packed, model.config, target)) is not None:
+            yield entry, ready
+            continue
         if not entry.roles:
-            yield entry, [torch.tensor(factors_for(target, model.config), dtype=torch.float32)]
+            factors = torch.tensor(factors_for(target, model.config), dtype=torch.float32)
+            yield entry, _encode(entry, kind, [factors], model, target)
             continue
         if entry.layer is not None and loaded != entry.layer:
             layer, loaded = model.layers[entry.layer], entry.layer
         weights = top if entry.layer is None else layer
-        yield entry, [weights[role.name] for role in entry.roles]
+        yield entry, _encode(entry, kind, [weights[role.name] for role in entry.roles], model, target)
 
 
-def _encode(entry: _Entry, parts: list[Tensor], model: Model, target: Target) -> Any:
+def _ready(
+    entry: Entry, kind: GGMLQuantizationType, packed: Packed, config: ModelConfig, target: Target
+) -> NDArray[np.uint8] | None:
+    """The tensor's bytes out of what was encoded before; None unless all of its roles were."""
+    if len(entry.shape) == 1:
+        return None
+    parts = []
+    for role in entry.roles:
+        part = packed(entry.layer, role.name)
+        if part is None:
+            return None
+        rows = role.expected_shape(config, config.layers[entry.layer or 0])[0]
+        expected = (rows, entry.bytes(kind) // entry.shape[0])
+        if part.shape != expected:
+            raise VerifyError(
+                f"{entry.name}: the encoded {role.name} is {list(part.shape)}, {kind.name} asks for {list(expected)}"
+            )
+        heads = _interleaved_heads(role, config, target)
+        parts.append(part if heads is None else part[rope.to_interleaved(torch.arange(rows), heads).numpy()])
+    return np.ascontiguousarray(parts[0] if len(parts) == 1 else np.concatenate(parts))
+
+
+def _encode(
+    entry: Entry, kind: GGMLQuantizationType, parts: list[Tensor], model: Model, target: Target
+) -> NDArray[Any]:
     """The tensor's bytes as an array, q and k in the runtime's order. The caller's tensors are left alone."""
     config = model.config
     shape = config.layers[entry.layer or 0]
@@ -223,24 +256,35 @@ def _encode(entry: _Entry, parts: list[Tensor], model: Model, target: Target) ->
         part = check_finite(part.detach().to("cpu", torch.float32), entry.name, model.source.path)
         arranged.append(part if role is None else _arranged(part, role, config, target))
     weight = arranged[0] if len(arranged) == 1 else torch.cat(arranged)
-    if entry.kind not in (GGMLQuantizationType.F32, GGMLQuantizationType.BF16):
+    if kind not in (_T.F32, _T.BF16):
         # The block scales of the quantized types are half floats as well.
         largest = float(weight.abs().max())
         if largest > _HALF_MAX:
             raise InputError(
-                f"{model.source.path}: tensor {entry.name} holds {largest:g}, too large for {entry.kind.name}; "
+                f"{model.source.path}: tensor {entry.name} holds {largest:g}, too large for {kind.name}; "
                 "write bf16 or f32"
             )
-    return quants.quantize(np.ascontiguousarray(weight.numpy()), entry.kind)
+    rows = np.ascontiguousarray(weight.numpy())
+    if kind in _BY_GGUF:
+        data: NDArray[Any] = quants.quantize(rows, kind)
+        return data
+    if ggml_encode.available():
+        return ggml_encode.encode(rows, kind, None)
+    return pack(nearest(weight, GRIDS[kind.name.lower()], torch.ones(weight.shape[1])))
 
 
 def _arranged(weight: Tensor, role: Role, config: ModelConfig, target: Target) -> Tensor:
     if role.name == "q_norm":
         weight = weight / query_scale(target.architecture, config)
+    heads = _interleaved_heads(role, config, target)
+    return weight if heads is None else rope.to_interleaved(weight, heads)
+
+
+def _interleaved_heads(role: Role, config: ModelConfig, target: Target) -> int | None:
+    """Heads of a weight whose rows the file holds interleaved; None where it holds them as the model does."""
     if role.rotary is None or target.form.written_rope == "half":
-        return weight
-    heads = config.num_attention_heads if role.rotary == "queries" else config.num_key_value_heads
-    return rope.to_interleaved(weight, heads)
+        return None
+    return config.num_attention_heads if role.rotary == "queries" else config.num_key_value_heads
 
 
 def _metadata(model: Model, target: Target, plan: QuantPlan, name: str | None, weights: int) -> dict[str, GGUFValue]:
@@ -261,9 +305,9 @@ def _metadata(model: Model, target: Target, plan: QuantPlan, name: str | None, w
     return keys | dimension_keys(target, model.config) | model.tokenizer.metadata
 
 
-def _check(header: GGUFHeader, model: Model, target: Target, entries: list[_Entry]) -> None:
+def _check(header: GGUFHeader, model: Model, target: Target, tensors: list[Entry], types: Types) -> None:
     """The file read back says what was meant; VerifyError otherwise. Its shapes already fit its own metadata."""
-    meant = {entry.name: (entry.kind, entry.shape) for entry in entries}
+    meant = {entry.name: (types.kinds[entry.name], entry.shape) for entry in tensors}
     found = {
         name: (tensor.tensor_type, tuple(int(size) for size in reversed(tensor.shape)))
         for name, tensor in header.tensors.items()

@@ -1,23 +1,33 @@
-"""Tensor types of a written GGUF: what the user may name, and which type each weight gets."""
+"""What a user may name as the type of a GGUF file or of one of its tensors."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
-import numpy as np
-from gguf import quants
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
 
 from a3q.errors import InputError
+from a3q.solve.grid import GRIDS
+from converters.mixes import MIXES, Mix
 
-FOUR_BIT = "Q4_0"
-"""What `4bit` stands for."""
+BITS: Mapping[str, str] = {
+    "8bit": "Q8_0",
+    "6bit": "Q6_K",
+    "5bit": "Q5_K_M",
+    "4bit": "Q4_K_M",
+    "3bit": "Q3_K_M",
+    "2bit": "Q2_K",
+}
+"""What the short names stand for."""
 
-_ALIASES = {"8bit": "Q8_0", "4bit": FOUR_BIT, "fp16": "F16", "fp32": "F32"}
-# The gguf package can also encode these, but they suit only weights trained for them.
-_UNSUITED = ("TQ1_0", "TQ2_0", "MXFP4", "NVFP4")
-_FILE_TYPES = {"F32": "ALL_F32"}
+# The first three are llama.cpp's own.
+_ALIASES = {"q5_k": "Q5_K_M", "q4_k": "Q4_K_M", "q3_k": "Q3_K_M", "fp16": "F16", "fp32": "F32"}
+
+TENSOR_TYPES: Mapping[str, GGMLQuantizationType] = {
+    name: GGMLQuantizationType[name.upper()] for name in ("f32", "f16", "bf16", *GRIDS)
+}
+"""Types that a single tensor can have, by their name in lower case."""
 
 
 @dataclass(frozen=True)
@@ -25,28 +35,58 @@ class QuantPlan:
     """Which tensor types a file is written with."""
 
     name: str
-    """The type's GGUF name in lower case, such as `q4_0`."""
-    matrix: GGMLQuantizationType
-    """Weights of the layers."""
-    vocabulary: GGMLQuantizationType
-    """Embedding and output, which lose more to coarse types than the layers do."""
-    file_type: LlamaFileType
-    """For `general.file_type`."""
+    """The mix's name in llama.cpp, in lower case, such as `q4_k_m`."""
+    output: GGMLQuantizationType | None = None
+    """Of the output, in place of the mix's; of an embedding that is tied to it too, unless `embed` says otherwise."""
+    embed: GGMLQuantizationType | None = None
+    """Of the embedding, in place of the mix's."""
+
+    @property
+    def mix(self) -> Mix:
+        """What the name stands for."""
+        return MIXES[self.name.upper()]
+
+    @property
+    def matrix(self) -> GGMLQuantizationType:
+        """Type of most weights of the layers."""
+        return self.mix.matrix
+
+    @property
+    def file_type(self) -> LlamaFileType:
+        """For `general.file_type`."""
+        return self.mix.file_type
+
+    def with_overrides(self, output_type: str | None, embed_type: str | None) -> QuantPlan:
+        """This plan with the output's or the embedding's type as the user named it; None: the mix's.
+
+        InputError for a name that is not in `TENSOR_TYPES`, in any case.
+        """
+        return replace(
+            self,
+            output=_tensor_type("--output-tensor-type", output_type),
+            embed=_tensor_type("--token-embedding-type", embed_type),
+        )
 
 
-@cache
-def encodable() -> tuple[str, ...]:
-    """GGUF names of the types that can be written, found by trying."""
-    found = []
-    for kind in GGMLQuantizationType:
-        if kind.name in _UNSUITED:
-            continue
-        try:
-            quants.quantize(np.zeros((1, block_size(kind)), dtype=np.float32), kind)
-        except NotImplementedError:
-            continue
-        found.append(kind.name)
-    return tuple(found)
+def _tensor_type(option: str, name: str | None) -> GGMLQuantizationType | None:
+    if name is None:
+        return None
+    if (kind := TENSOR_TYPES.get(name.lower())) is None:
+        raise InputError(f"{option} {name}: give one of {', '.join(TENSOR_TYPES)}")
+    return kind
+
+
+def resolve_quant(name: str) -> QuantPlan:
+    """The plan behind a name such as `4bit` or `Q4_K_M`, in any case; InputError lists those that work."""
+    lower = name.lower()
+    wanted = BITS.get(lower) or _ALIASES.get(lower) or name.upper()
+    if wanted not in MIXES:
+        known = ", ".join([*BITS, *(mix.lower() for mix in MIXES)])
+        raise InputError(
+            f"quantization {name!r} cannot be written by a3q; it writes {known}. For another type write f16 and run "
+            "llama.cpp's llama-quantize on the file"
+        )
+    return QuantPlan(wanted.lower())
 
 
 def block_size(kind: GGMLQuantizationType) -> int:
@@ -54,34 +94,7 @@ def block_size(kind: GGMLQuantizationType) -> int:
     return int(GGML_QUANT_SIZES[kind][0])
 
 
-def resolve_quant(name: str) -> QuantPlan:
-    """The plan behind a name such as `4bit` or `Q8_0`, in any case; InputError lists those that work."""
-    wanted = _ALIASES.get(name.lower(), name.upper())
-    if wanted not in encodable():
-        known = ", ".join(["8bit", "4bit", *(kind.lower() for kind in encodable())])
-        raise InputError(
-            f"quantization {name!r} cannot be written by a3q; it writes {known}. For another type write f16 and run "
-            "llama.cpp's llama-quantize on the file"
-        )
-    matrix = GGMLQuantizationType[wanted]
-    vocabulary = GGMLQuantizationType.Q8_0 if _bits(matrix) < _bits(GGMLQuantizationType.Q8_0) else matrix
-    file_type = LlamaFileType[_FILE_TYPES.get(wanted, f"MOSTLY_{wanted}")]
-    return QuantPlan(wanted.lower(), matrix, vocabulary, file_type)
-
-
-def _bits(kind: GGMLQuantizationType) -> float:
-    """Storage per weight."""
+def bits_per_weight(kind: GGMLQuantizationType) -> float:
+    """Storage of one weight, its share of the block's scales included."""
     block, size = GGML_QUANT_SIZES[kind]
     return 8.0 * float(size) / float(block)
-
-
-def type_for(role: str, shape: tuple[int, ...], plan: QuantPlan) -> tuple[GGMLQuantizationType, str | None]:
-    """Type of one tensor, and a note when its rows do not divide into blocks and it stays F16 for that."""
-    # llama.cpp's own programs leave positions as they are, too.
-    if len(shape) == 1 or role == "positions":
-        return GGMLQuantizationType.F32, None
-    kind = plan.vocabulary if role in ("embed", "output") else plan.matrix
-    if shape[-1] % block_size(kind):
-        note = f"rows of {shape[-1]} do not divide into {kind.name}'s blocks of {block_size(kind)}; stored as F16"
-        return GGMLQuantizationType.F16, note
-    return kind, None
