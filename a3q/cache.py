@@ -1,9 +1,10 @@
-"""Sensitivities kept on disk, so that another ratio or type of the same model need not measure them again."""
+"""Sensitivities and costs kept on disk, so that another ratio or type of the same model need not measure them again."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Sequence
 from contextlib import suppress
@@ -15,7 +16,8 @@ from torch import Tensor
 from a3q import __version__
 from a3q.components import Method
 from a3q.families import COMPONENTS, Component
-from a3q.model import ModelConfig
+from a3q.model import Model, ModelConfig
+from a3q.noise import NOISE, Costs, matrices_of
 from a3q.sensitivity import Sensitivity, Sizes
 
 Sensitivities = list[dict[Component, Sensitivity]]
@@ -31,16 +33,27 @@ def cache_file(
     method: Method,
 ) -> Path:
     """Where the sensitivities of a model (the sha256 of its weights, and its form) on these tokens belong."""
-    key = hashlib.sha256()
     asked = [[one[c] for c in sorted(one)] for one in sizes]
     names = [sorted(one) for one in sizes]
+    return _file("sensitivity", digests, config, [asked, names, ratio, asdict(method)], (tokens, probes))
+
+
+def costs_file(digests: Sequence[str], config: ModelConfig, probes: Tensor, tied: bool) -> Path:
+    """Where the costs of a model's matrices, as `a3q.noise.measure` finds them on `probes`, belong."""
+    return _file("noise", digests, config, [NOISE, tied], (probes,))
+
+
+def _file(
+    folder: str, digests: Sequence[str], config: ModelConfig, asked: Sequence[object], tokens: Sequence[Tensor]
+) -> Path:
+    key = hashlib.sha256()
     # A folder's config.json is no part of its weight files.
-    described = [__version__, list(digests), repr(config), asked, names, ratio, asdict(method)]
+    described = [__version__, list(digests), repr(config), *asked]
     key.update(json.dumps(described, default=list).encode())
-    for part in (tokens, probes):
+    for part in tokens:
         key.update(str(tuple(part.shape)).encode() + part.cpu().numpy().tobytes())
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return root / "a3q" / "sensitivity" / f"{key.hexdigest()}.json"
+    return root / "a3q" / folder / f"{key.hexdigest()}.json"
 
 
 def load(path: Path, sizes: Sequence[Sizes]) -> Sensitivities | None:
@@ -63,10 +76,38 @@ def _sensitivity(raw: dict[str, object]) -> Sensitivity:
 
 def save(path: Path, sensitivities: Sensitivities) -> None:
     """Keep them if the folder can be written; a cache is a convenience."""
+    _write(path, [{c: asdict(one[c]) for c in one} for one in sensitivities])
+
+
+def load_costs(path: Path, model: Model, tied: bool) -> Costs | None:
+    """What `save_costs` wrote about `model`; None where there is nothing, or nothing whole."""
+    try:
+        raw = json.loads(path.read_text("utf-8"))
+        found = Costs(tuple(_numbers(one) for one in raw["layers"]), _numbers(raw["top"]))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None
+    wanted = [set(matrices_of(model))] * model.config.num_hidden_layers
+    top = {"embed"} if tied else {"embed", "output"}
+    return found if [one.keys() for one in found.layers] == wanted and found.top.keys() == top else None
+
+
+def _numbers(raw: dict[str, object]) -> dict[str, float]:
+    found = {role: float(str(cost)) for role, cost in raw.items()}
+    if not all(math.isfinite(cost) and cost >= 0 for cost in found.values()):
+        raise ValueError("not a cost")
+    return found
+
+
+def save_costs(path: Path, costs: Costs) -> None:
+    """Keep them if the folder can be written."""
+    _write(path, {"layers": [dict(one) for one in costs.layers], "top": dict(costs.top)})
+
+
+def _write(path: Path, content: object) -> None:
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps([{c: asdict(one[c]) for c in one} for one in sensitivities]), "utf-8")
+        part.write_text(json.dumps(content), "utf-8")
         part.replace(path)
     except OSError:
         with suppress(OSError):

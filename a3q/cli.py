@@ -60,7 +60,20 @@ def _own(qk: float | None, ov: float | None, mlp: float | None) -> dict[Componen
 def convert(
     model: _Model = None,
     ratio: _Ratio = 0.25,
-    quant: Annotated[str, typer.Option(help="f16, bf16, 8bit, 4bit or a GGUF type such as q4_1.")] = "4bit",
+    quant: Annotated[
+        str, typer.Option(help="2bit, 3bit, 4bit, 5bit, 6bit, 8bit, f16, or a type of llama.cpp such as Q4_K_M, Q4_0.")
+    ] = "4bit",
+    quantizer: Annotated[
+        str | None,
+        typer.Option(help="gptq (default): error feedback; rtn: to the nearest, by importance; plain: no calibration."),
+    ] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Fail where a tensor does not fit its type.")] = False,
+    bits: Annotated[
+        float | None, typer.Option(help="Choose types of this many bits per weight in the mean, by predicted loss.")
+    ] = None,
+    size: Annotated[str | None, typer.Option(help="Choose types for a file of at most this size, as 80MB.")] = None,
+    output_tensor_type: Annotated[str | None, typer.Option(help="Type of the output, and of a tied embedding.")] = None,
+    token_embedding_type: Annotated[str | None, typer.Option(help="Type of the embedding.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="GGUF to write.")] = None,
     components: _Components = None,
     ratio_qk: _OwnRatio = None,
@@ -76,9 +89,9 @@ def convert(
     force: _Force = False,
     pre: _Pre = None,
 ) -> None:
-    """Reduce a model, write it as GGUF, and check the file in llama.cpp."""
+    """Reduce a model, quantize it, write it as GGUF, and check the file in llama.cpp."""
     from a3q import convert as run
-    from a3q.pipeline import parse_components
+    from a3q.pipeline import parse_components, parse_size
     from a3q.progress import shown_on
     from a3q.report import render
 
@@ -86,6 +99,12 @@ def convert(
         model,
         ratio=ratio,
         quant=quant,
+        quantizer=quantizer,
+        strict=strict,
+        bits=bits,
+        size=None if size is None else parse_size("--size", size),
+        output_tensor_type=output_tensor_type,
+        token_embedding_type=token_embedding_type,
         output=output,
         components=parse_components(components),
         own_ratios=_own(ratio_qk, ratio_ov, ratio_mlp),
@@ -107,7 +126,16 @@ def convert(
 def reduce(
     model: _Model = None,
     ratio: _Ratio = 0.25,
-    dtype: Annotated[str, typer.Option(help="Type of the weights: bf16, f16 or f32.")] = "bf16",
+    dtype: Annotated[
+        str | None, typer.Option(help="Type of the weights: bf16, f16 or f32; bf16, beside quantized ones f16.")
+    ] = None,
+    quant: Annotated[str | None, typer.Option(help="Quantize the layers: 2bit, 4bit or 8bit.")] = None,
+    format_: Annotated[str | None, typer.Option("--format", help="Of quantized weights: gptq (default).")] = None,
+    group_size: Annotated[int, typer.Option(help="Weights that share a scale: 128, 64 or 32.")] = 128,
+    asym: Annotated[bool, typer.Option("--asym", help="Quantize with zero points.")] = False,
+    quantizer: Annotated[
+        str | None, typer.Option(help="gptq (default): error feedback; rtn: to the nearest, by importance.")
+    ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder to write.")] = None,
     components: _Components = None,
     ratio_qk: _OwnRatio = None,
@@ -137,6 +165,11 @@ def reduce(
         model,
         ratio=ratio,
         dtype=dtype,
+        quant=quant,
+        format=format_,
+        group_size=group_size,
+        symmetric=not asym,
+        quantizer=quantizer,
         output=output,
         components=parse_components(components),
         own_ratios=_own(ratio_qk, ratio_ov, ratio_mlp),
@@ -153,6 +186,40 @@ def reduce(
         stages=shown_on(_errors),
     )
     _output.print(render(result))
+
+
+@app.command()
+def imatrix(
+    output: Annotated[Path, typer.Option("--output", "-o", help="File to write.")],
+    model: _Model = None,
+    calib: _Calib = None,
+    calib_tokens: _CalibTokens = None,
+    seed: _Seed = 0,
+    device: _Device = "auto",
+    force: _Force = False,
+    pre: _Pre = None,
+) -> None:
+    """Measure how strongly a model uses each input of its matrices, for llama-quantize --imatrix."""
+    from a3q.progress import shown_on
+    from a3q.report import megabytes
+    from a3q.to_imatrix import write_imatrix_for
+
+    result = write_imatrix_for(
+        model,
+        output=output,
+        calib=calib or ["self"],
+        calib_tokens=calib_tokens,
+        seed=seed,
+        device=device,
+        force=force,
+        pre=pre,
+        stages=shown_on(_errors),
+    )
+    _output.print(
+        f"wrote {result.path} ({megabytes(result.size)}): {result.tensors} tensors, {result.tokens:,} tokens "
+        f"({result.description})",
+        soft_wrap=True,
+    )
 
 
 @app.command()

@@ -21,6 +21,7 @@ from a3q.solve.qk import (
     solve_plain,
     split_dimensions,
 )
+from a3q.solve.rotate import key_scales, value_transforms
 from a3q.statistics import AttentionStatistics
 
 SWEEPS = 12
@@ -51,6 +52,35 @@ def _store(w: Layer, role: str, per_head: Tensor) -> None:
     """Put per-head rows `[heads, r, columns]` under `role`, as a matrix or a bias as before."""
     flat = per_head.reshape(-1) if w[role].dim() == 1 else per_head.reshape(-1, per_head.shape[-1])
     w[role] = flat.float().contiguous()
+
+
+def even_heads(config: ModelConfig, shape: LayerShape, w: Layer, gram: Tensor, mean: Tensor) -> None:
+    """Use the transform that is free inside each head, in place, so that weights and cache are rounded well.
+
+    `gram` is E[xᵀx] `[hidden, hidden]` of the normed states and `mean` E[x]. The layer computes what it did before.
+    """
+
+    def energy(role: str) -> Tensor:
+        """E[y²] of each output `[heads, d]` of a projection."""
+        weight, bias = w[role], w.get(f"{role}_bias")
+        found = (weight @ gram * weight).sum(1)
+        if bias is not None:
+            found = found + 2 * bias * (weight @ mean) + bias.square()
+        return found.clamp_min(0).view(config.num_key_value_heads, -1)
+
+    groups, shared = config.num_key_value_heads, config.queries_per_group
+    if config.qk_norm is None:
+        divisors = key_scales(energy("k"), shape.pairs)
+        for side, scale in (("k", 1 / divisors), ("q", divisors.repeat_interleave(shared, 0))):
+            for role in (side, f"{side}_bias"):
+                if role in w:
+                    w[role] = w[role] * (scale.flatten() if w[role].dim() == 1 else scale.flatten()[:, None])
+    columns = w["o"].view(-1, groups, shared, shape.v_head_dim)
+    transform, inverse = value_transforms(energy("v"), columns.square().sum((0, 2)).sqrt())
+    for role in ("v", "v_bias"):
+        if role in w:
+            _store(w, role, transform.mT @ _per_head(w[role], groups))
+    w["o"] = torch.einsum("ogid,ged->ogie", columns, inverse).reshape(w["o"].shape).contiguous()
 
 
 def reduce_qk(

@@ -28,6 +28,16 @@ NEAR = 0.15
 MOST_TRIED = 2
 
 
+SUPER_BLOCK = 256
+"""Weights of a row that the K types store together."""
+HEAD_STEP = 8
+"""Of head sizes in a GGUF: what Vulkan's flash attention wants, and what SIMD kernels like."""
+UNIT_STEP = 32
+"""Of MLP sizes in a GGUF: the block of the simplest types."""
+FEWEST_SIZES = 8
+"""MLP sizes in steps of a super-block below which the smaller step is worth more than the K types."""
+
+
 @dataclass(frozen=True)
 class Request:
     """How much is to go: `ratio` of the parameters of `components` together; those in `own` have their own ratios."""
@@ -64,6 +74,8 @@ class Grid:
     unit_step: int
     block: int = 1
     """The output projection's rows must be a multiple of it."""
+    unit_block: int = 1
+    """The down projection's rows must be a multiple of it."""
     one_head_size: bool = False
     """Query, key and value heads of all layers have one size."""
     mixed_units: bool = True
@@ -72,7 +84,7 @@ class Grid:
     def sizes(self, config: ModelConfig, shape: LayerShape, component: Component) -> tuple[int, ...]:
         """Possible sizes of a component, ascending; the last is the present one."""
         if component == "MLP":
-            step = max(self.unit_step, self.block)
+            step = max(self.unit_step, self.unit_block)
             return *range(step, shape.intermediate_size, step), shape.intermediate_size
         size = size_of(shape, component)
         heads = config.num_attention_heads
@@ -80,13 +92,23 @@ class Grid:
         return *smaller, size
 
 
-def gguf_grid(family: Family, block: int) -> Grid:
-    """What stock llama.cpp can hold, with tensors in blocks of `block` weights a row."""
+def gguf_grid(family: Family, config: ModelConfig, block: int) -> Grid:
+    """What stock llama.cpp can hold, with most tensors in blocks of `block` weights a row.
+
+    Super-blocks bind the sizes only where all tensors can be in them and enough sizes are left; otherwise the rows that
+    do not fit take a type with blocks of 32.
+    """
     form = family.gguf
     if form is None:
         return Grid(frozenset(), 1, 1)
-    # Heads in eights: what Vulkan's flash attention wants, and what SIMD kernels like.
-    return Grid(form.reduces, 8, 32, block, one_head_size=True, mixed_units=form.mixed is not None)
+    heads = units = block
+    if block == SUPER_BLOCK:
+        fine = config.hidden_size % block == 0
+        heads = block if fine and config.num_attention_heads * HEAD_STEP % block == 0 else UNIT_STEP
+        units = block if fine and config.widest.intermediate_size >= FEWEST_SIZES * block else UNIT_STEP
+    return Grid(
+        form.reduces, HEAD_STEP, UNIT_STEP, heads, units, one_head_size=True, mixed_units=form.mixed is not None
+    )
 
 
 def folder_grid(config: ModelConfig) -> Grid:
@@ -232,7 +254,7 @@ def _tolerance(config: ModelConfig, grid: Grid, costs: Mapping[Component, int]) 
     """Half a step of the MLP, as a share of all."""
     shape = config.layers[0]
     total = sum(costs[c] * size_of(shape, c) for c in costs)
-    return max(0.01, costs["MLP"] * max(grid.unit_step, grid.block) / total / 2)
+    return max(0.01, costs["MLP"] * max(grid.unit_step, grid.unit_block) / total / 2)
 
 
 def _with_heads(

@@ -4,11 +4,12 @@ caller's callback."""
 from __future__ import annotations
 
 import hashlib
+import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,10 +21,11 @@ from a3q.dimensions import ALL, Grid, Plan, Request, settle, uniform, unreduced
 from a3q.dimensions import mixed as mixed_plan
 from a3q.errors import InputError
 from a3q.families import COMPONENTS, Component
-from a3q.model import Model, Source, free_memory, pick_device
+from a3q.model import Model, ModelConfig, Source, free_memory, pick_device
 from a3q.perplexity import compare, logits_of
 from a3q.progress import Advance, Stages
-from a3q.reduce import Reduction, reduce
+from a3q.quantize import Quantization
+from a3q.reduce import Dimensions, Reduction, planned, reduce
 from a3q.sensitivity import Sizes, measure
 
 MAX_RATIO = 0.9
@@ -105,6 +107,17 @@ def parse_components(text: str | None) -> frozenset[Component] | None:
     return frozenset(known[name] for name in names)
 
 
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
+
+
+def parse_size(option: str, text: str) -> int:
+    """Bytes in `80MB`, `1.5GiB` and the like, in any case; InputError for anything else."""
+    match = re.fullmatch(r"([0-9]*\.?[0-9]+) *([kmg]?i?)b?", text.strip().lower())
+    if match is None or match[2] not in _UNITS:
+        raise InputError(f"{option} {text}: give a size such as 80MB or 1.5GiB")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
 @dataclass(frozen=True)
 class Reduced:
     """A reduced model and how it came about."""
@@ -126,28 +139,94 @@ class Reduced:
         return self.reduction.model
 
 
-def run(original: Model, settings: Settings, grid: Grid, method: Method, held_out: bool, stages: Stages) -> Reduced:
-    """Reduce `original` as `settings` ask, on `grid`; with `held_out`, calibration text is there even if not needed."""
+@dataclass(frozen=True)
+class Calibrated:
+    """What else than weights is known when types are settled."""
+
+    calibration: Calibration
+    digests: list[str]
+    """sha256 of each weight file of the original."""
+    device: torch.device
+    stages: Stages
+
+
+class Rounding(Protocol):
+    """Settles, for known dimensions, what each weight is rounded to."""
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether rounding alone, with nothing to reduce, is reason enough to calibrate."""
+        ...
+
+    def __call__(self, config: ModelConfig, calibrated: Calibrated | None) -> Quantization | None:
+        """For a model of `config`; None: nothing is to be rounded in the pass over the layers."""
+        ...
+
+
+def run(
+    original: Model,
+    settings: Settings,
+    grid: Grid,
+    method: Method,
+    held_out: bool,
+    stages: Stages,
+    rounding: Rounding | None = None,
+) -> Reduced:
+    """Reduce `original` as `settings` ask, on `grid`, and round it in the same pass if so told.
+
+    With `held_out`, calibration text is there even if not needed.
+    """
     device = pick_device(settings.device)
     request, note = settle(settings.request(), grid, original.family, settings.components is not None)
     notes = [note] if note is not None and request.ratio > 0 else []
     digests = _hash(original.source, stages)
     calibration: Calibration | None = None
-    if request.groups() or held_out:
-        windows = _windows(original, device, settings.calib_tokens)
-        if not request.groups():
-            windows = CHECK_ONLY[0], min(CHECK_ONLY[1], windows[1])
-        calibration = _calibrate(original, settings.calib, windows, settings.seed, device, stages)
-    if not request.groups() or calibration is None:
+    needed = bool(request.groups()) or (rounding is not None and rounding.needs_calibration)
+    if needed or held_out:
+        size = windows(original, device, settings.calib_tokens)
+        if not needed:
+            size = CHECK_ONLY[0], min(CHECK_ONLY[1], size[1])
+        calibration = calibrate(original, settings.calib, size, settings.seed, device, stages)
+    if not needed or calibration is None:
         plan = unreduced(original.family, original.config, request)
+        if rounding is not None:
+            rounding(original.config, None)
         return Reduced(original, Reduction(original, []), plan, method, (), calibration, digests, tuple(notes))
     budget = settings.memory_budget if settings.memory_budget is not None else free_memory() // 2
-    work = _Work(original, request, grid, method, calibration, digests, device, budget, stages)
-    plan, tried = _choose(work, settings.mixed())
-    with stages("reduce", original.config.num_hidden_layers) as advance:
-        reduction = reduce(original, calibration.tokens, plan.dimensions, device, budget, method, _one(advance))
+    tried: tuple[tuple[Plan, float], ...] = ()
+    if request.groups():
+        work = _Work(original, request, grid, method, calibration, digests, device, budget, stages)
+        plan, tried = _choose(work, settings.mixed())
+    else:
+        plan = unreduced(original.family, original.config, request)
+    known = Calibrated(calibration, digests, device, stages)
+    quantization = None if rounding is None else rounding(planned(original.config, plan.dimensions), known)
+    reduction = _carry_out(original, plan, method, quantization, known, budget)
     notes += [*_shortfall(plan), *_advice(original, reduction.model, plan, calibration)]
     return Reduced(original, reduction, plan, method, tried, calibration, digests, tuple(notes))
+
+
+def _carry_out(
+    original: Model, plan: Plan, method: Method, quantization: Quantization | None, known: Calibrated, budget: int
+) -> Reduction:
+    """Reduce and round in one pass over the layers; after the paper's method, which fits nothing, in two."""
+    model, tokens, layers = original, known.calibration.tokens, original.config.num_hidden_layers
+    shrinks = bool(plan.request.groups())
+    dimensions: Sequence[Dimensions] = plan.dimensions
+    losses = None
+    if not shrinks and quantization is None:
+        return Reduction(original, [])
+    if shrinks and (quantization is None or not method.fitted):
+        with known.stages("reduce", layers) as advance:
+            reduction = reduce(model, tokens, dimensions, known.device, budget, method, _one(advance))
+        if quantization is None:
+            return reduction
+        model, losses = reduction.model, reduction.losses
+        dimensions, shrinks = [Dimensions.of(shape) for shape in model.config.layers], False
+    fitted = replace(method, name="a3q")
+    with known.stages("reduce and quantize" if shrinks else "quantize", layers) as advance:
+        found = reduce(model, tokens, dimensions, known.device, budget, fitted, _one(advance), quantization)
+    return found if losses is None else replace(found, losses=losses)
 
 
 @dataclass(frozen=True)
@@ -188,33 +267,37 @@ def _sensitivities(work: _Work) -> cache.Sensitivities:
         {c: every.sizes(config, shape, c) for c in COMPONENTS if c in request.reduced} for shape in config.layers
     ]
     count, length = PROBES[work.device.type]
-    tokens, probes = _spread(work.calibration.tokens, MOMENT_SEQUENCES), _spread(work.calibration.tokens, count)
+    tokens, probes = spread(work.calibration.tokens, MOMENT_SEQUENCES), spread(work.calibration.tokens, count)
     probes = probes[:, :length]
     ratio = min(PROBED_RATIOS, key=lambda probed: abs(probed - request.largest))
     file = cache.cache_file(work.digests, config, tokens, probes, sizes, ratio, work.method)
     known = cache.load(file, sizes)
     if known is None:
         with work.stages("weigh the layers", config.num_hidden_layers**2) as advance:
-            done = 0
-
-            def on_layer() -> None:
-                # The branches of all layers before run along, so that a layer takes longer the later it comes.
-                nonlocal done
-                advance(2 * done + 1)
-                done += 1
-
-            known = measure(work.model, tokens, probes, sizes, ratio, work.device, work.method, on_layer)
+            known = measure(work.model, tokens, probes, sizes, ratio, work.device, work.method, growing(advance))
         cache.save(file, known)
     return known
 
 
-def _spread(tokens: Tensor, count: int) -> Tensor:
+def growing(advance: Advance) -> Callable[[], None]:
+    """Progress of a pass in which the branches of all layers before run along: layer i takes 2 i + 1."""
+    done = 0
+
+    def on_layer() -> None:
+        nonlocal done
+        advance(2 * done + 1)
+        done += 1
+
+    return on_layer
+
+
+def spread(tokens: Tensor, count: int) -> Tensor:
     """`count` of the sequences, evenly spaced: text of several sources stands one after another."""
     stride = max(1, len(tokens) // count)
     return tokens[::stride][:count]
 
 
-def _one(advance: Advance) -> Any:
+def _one(advance: Advance) -> Callable[[], None]:
     return lambda: advance(1)
 
 
@@ -245,7 +328,7 @@ def _hash(source: Source, stages: Stages) -> list[str]:
     return digests
 
 
-def _windows(model: Model, device: torch.device, tokens: int | None) -> tuple[int, int]:
+def windows(model: Model, device: torch.device, tokens: int | None) -> tuple[int, int]:
     """Number and length of calibration sequences."""
     count, length = WINDOWS[device.type]
     length = min(length, model.config.max_position_embeddings)
@@ -254,10 +337,11 @@ def _windows(model: Model, device: torch.device, tokens: int | None) -> tuple[in
     return count, length
 
 
-def _calibrate(
-    model: Model, sources: Sequence[str], windows: tuple[int, int], seed: int, device: torch.device, stages: Stages
+def calibrate(
+    model: Model, sources: Sequence[str], size: tuple[int, int], seed: int, device: torch.device, stages: Stages
 ) -> Calibration:
-    total, length = windows
+    """Text of all `sources` together, `size` sequences and tokens in each."""
+    total, length = size
     parts = []
     for i, source in enumerate(sources):
         count = max(1, total * (i + 1) // len(sources) - total * i // len(sources))
@@ -273,7 +357,7 @@ def _calibrate(
 def _try(work: _Work, options: list[Plan]) -> tuple[tuple[Plan, float], ...]:
     """Reduce to each candidate on a few sequences and measure the KL to the original on held-out ones."""
     model, sequences = work.model, work.calibration.held_out
-    tokens = _spread(work.calibration.tokens, PROBE_SEQUENCES)
+    tokens = spread(work.calibration.tokens, PROBE_SEQUENCES)
     with work.stages("choose dimensions", len(options) * model.config.num_hidden_layers) as advance:
         reference = logits_of(model, sequences, work.device)
 
@@ -314,6 +398,22 @@ def provenance(reduced: Reduced, settings: Settings, version: str) -> dict[str, 
         "calibration.seed": settings.seed,
     }
     return facts
+
+
+def rounding_facts(reduced: Reduced, settings: Settings) -> dict[str, object]:
+    """What a written model says about the text that its rounding was calibrated on."""
+    if reduced.calibration is None or reduced.reduction.layers is None:
+        return {}
+    return {
+        "quantizer.calibration.source": reduced.calibration.source,
+        "quantizer.calibration.tokens": reduced.calibration.tokens.numel(),
+        "quantizer.calibration.seed": settings.seed,
+    }
+
+
+def is_about_rounding(key: str) -> bool:
+    """Whether a key of provenance, without its prefix, is about how the weights of one file were rounded."""
+    return key.partition(".")[0] in ("quantization", "quantizer", "bits", "group_size")
 
 
 def _per_layer(sizes: list[int]) -> int | list[int]:

@@ -10,27 +10,23 @@ would lead the reduced stream back to the reference.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from a3q.components import Method, reduce_mlp, reduce_ov, reduce_qk, spread_norms
-from a3q.forward import attention, batches, embed, mlp, norm, to_device
+from a3q.components import Method, even_heads, reduce_mlp, reduce_ov, reduce_qk, spread_norms
+from a3q.fit import InputMoments, OutputFit
+from a3q.fit import target as target_of
+from a3q.forward import batches, embed, norm, to_device
 from a3q.model import Layer, LayerShape, Model, ModelConfig
-from a3q.solve.refit import refit, refit_with_bias
+from a3q.quantize import LayerRounding, Quantization
+from a3q.solve.grid import Blocks
 from a3q.statistics import AttentionStatistics, Moment
 from a3q.store import LayerStore
-
-CORRECTION = 0.5
-"""Share of the gap between the two streams that a refit tries to close: 0 only copies the layer, 1 trusts the
-calibration text entirely. Measured on held-out text: 0, 0.25, 0.5, 0.75 gave 55.8, 51.4, 50.9, 51.6."""
-REFIT_RIDGE = 0.03
-"""Pull towards A3's own solution over the mean diagonal of the moment; 0.01 to 0.1 differ by 1 % in perplexity."""
-FAINT = 1e-3
-"""A norm's weight below this share of their mean is not divided by."""
+from a3q.stream import Stream
 
 
 @dataclass(frozen=True)
@@ -45,6 +41,16 @@ class Dimensions:
     def of(cls, shape: LayerShape) -> Dimensions:
         """Those of a layer as it is."""
         return cls(shape.qk_head_dim, shape.v_head_dim, shape.intermediate_size)
+
+
+def planned(config: ModelConfig, dimensions: Sequence[Dimensions]) -> ModelConfig:
+    """`config` with these dimensions; which RoPE frequencies stay is not known yet, only how many."""
+    shapes = []
+    for shape, new in zip(config.layers, dimensions, strict=True):
+        pairs = shape.pairs * new.qk_head_dim // shape.qk_head_dim
+        frequencies = tuple(one[:pairs] for one in shape.frequencies)
+        shapes.append(LayerShape(**vars(new), frequencies=frequencies, sliding_window=shape.sliding_window))
+    return dataclasses.replace(config, layers=tuple(shapes))
 
 
 @dataclass(frozen=True)
@@ -62,40 +68,18 @@ class Reduction:
 
     model: Model
     losses: list[LayerLosses]
+    layers: LayerStore | None = None
+    """The reduced layers with what was rounded in them; None where the model is the original itself."""
+    top: Mapping[str, Blocks] = field(default_factory=dict)
+    """What was rounded outside the layers."""
+    rounding_losses: Sequence[Mapping[str, float]] = ()
+    """Share of the output energy that rounding cost each weight of each layer, by role."""
 
-
-@dataclass
-class Stream:
-    """Hidden states `x` `[B, T, hidden]` of the calibration tokens as they pass through the layers of a model."""
-
-    config: ModelConfig
-    x: Tensor
-    device: torch.device
-    entry: Tensor | None = None
-    """What the layer began with, where its MLP reads that."""
-
-    def begin_layer(self) -> None:
-        """Remember the layer's input if its MLP will need it."""
-        self.entry = self.x.clone() if self.config.parallel_residual else None
-
-    def part(self, part: slice) -> Tensor:
-        """Some of the sequences, on the device."""
-        return self.x[part].to(self.device)
-
-    def add(self, part: slice, w: Layer, post_norm: str, y: Tensor) -> None:
-        """Add a component's output to the residual, through the norm behind the component if there is one."""
-        self.x[part] += norm(self.config, w, post_norm, y).to(self.x.device)
-
-    def attention(
-        self, shape: LayerShape, w: Layer, part: slice, observe: Callable[[str, Tensor], None] | None = None
-    ) -> Tensor:
-        """Output of a layer's attention for some sequences."""
-        return attention(self.config, shape, w, norm(self.config, w, "attn_norm", self.part(part)), observe)
-
-    def mlp(self, w: Layer, part: slice, observe: Callable[[str, Tensor], None] | None = None) -> Tensor:
-        """Output of a layer's MLP for some sequences."""
-        x = self.part(part) if self.entry is None else self.entry[part].to(self.device)
-        return mlp(self.config, w, norm(self.config, w, "mlp_norm", x), observe)
+    def blocks(self, layer: int | None, role: str) -> Blocks | None:
+        """A rounded weight (`layer` None: outside the layers); None where it was not rounded."""
+        if layer is None:
+            return self.top.get(role)
+        return None if self.layers is None else self.layers.blocks(layer).get(role)
 
 
 @torch.inference_mode()
@@ -107,37 +91,72 @@ def reduce(
     memory_budget: int,
     method: Method = Method(),  # noqa: B008 (immutable)
     on_layer: Callable[[], None] = lambda: None,
+    quantization: Quantization | None = None,
 ) -> Reduction:
-    """`model` with each layer under its `dimensions`, calibrated on `tokens` `[B, T]`.
+    """`model` with each layer under its `dimensions`, and rounded if so told, calibrated on `tokens` `[B, T]`.
 
-    Reduced layers beyond `memory_budget` bytes wait on disk.
+    Reduced layers beyond `memory_budget` bytes wait on disk. ValueError for rounding with a `method` that fits nothing.
     """
+    if quantization is not None and not method.fitted:
+        raise ValueError(f"method {method.name} does not follow what rounding does to the layers before")
     normed_apart = model.config.qk_norm == "head" and any(
         new.qk_head_dim < old.qk_head_dim for new, old in zip(dimensions, model.config.layers, strict=True)
     )
     config = dataclasses.replace(model.config, qk_norm="heads") if normed_apart else model.config
+    quantization = quantization or Quantization([{}] * len(model.config.layers))
+    outside = LayerRounding(quantization.top, quantization.nearest, str(model.source.path))
+    top = dict(model.top)
     x = embed(model, tokens)
     x = x.to(_home(x.nbytes, device))
     reference = Stream(model.config, x, device)
-    reduced = Stream(config, x.clone(), device) if method.fitted else None
+    y = x.clone()
+    if "embed" in quantization.top and not model.config.tie_word_embeddings:
+        # Tokens pick rows of it; all columns count the same.
+        top["embed"] = model.embed.to(device)
+        outside.apply(top, ("embed",), torch.eye(model.config.hidden_size, device=device))
+        top["embed"] = top["embed"].to(model.embed.device)
+        y = embed(dataclasses.replace(model, top=top), tokens).to(x.device)
+    reduced = Stream(config, y, device) if method.fitted else None
     layers = LayerStore(memory_budget)
-    shapes, losses = [], []
-    for shape, target, w in zip(model.config.layers, dimensions, model.layers, strict=True):
+    shapes, losses, rounding_losses = [], [], []
+    for i, (shape, target, w) in enumerate(zip(model.config.layers, dimensions, model.layers, strict=True)):
         w = to_device(w, device)
+        rounding = LayerRounding(quantization.layers[i], quantization.nearest, f"{model.source.path}: layer {i}")
         if normed_apart:
             # The forward pass makes the same of copies, so both streams may run on them.
             spread_norms(model.config, w)
         if reduced is None:
             layer, new_shape, loss = reduce_plainly(w, shape, target, reference, method)
         else:
-            layer, new_shape, loss = reduce_fitted(w, shape, target, reference, reduced, method)
-        layers.append(to_device(layer, model.embed.device))
+            streams = _Streams(reference, reduced)
+            layer, new_shape, loss = reduce_fitted(w, shape, target, streams, method, rounding)
+        layers.append(to_device(layer, model.embed.device), rounding.blocks)
         shapes.append(new_shape)
         losses.append(loss)
+        rounding_losses.append(rounding.losses)
         on_layer()
-    return Reduction(
-        dataclasses.replace(model, config=dataclasses.replace(config, layers=tuple(shapes)), layers=layers), losses
+    if reduced is not None:
+        _round_output(model.config, top, reduced, outside)
+    found = dataclasses.replace(
+        model,
+        config=dataclasses.replace(config, layers=tuple(shapes)),
+        layers=layers,
+        top=to_device(top, model.embed.device),
     )
+    return Reduction(found, losses, layers, outside.blocks, rounding_losses)
+
+
+def _round_output(config: ModelConfig, top: Layer, stream: Stream, rounding: LayerRounding) -> None:
+    """The output weight for the states that reach it; tied, it is the embedding as well."""
+    role = "embed" if config.tie_word_embeddings else "output"
+    if role not in rounding.grids:
+        return
+    inputs = InputMoments(config.hidden_size, stream.device)
+    last = to_device({name: weight for name, weight in top.items() if name.startswith("final_norm")}, stream.device)
+    for part in batches(config, stream.x.shape[0], stream.x.shape[1]):
+        inputs.add(norm(config, last, "final_norm", stream.part(part)))
+    top[role] = top[role].to(stream.device)
+    rounding.apply(top, (role,), inputs.gram())
 
 
 def _home(stream_bytes: int, device: torch.device) -> torch.device:
@@ -145,6 +164,14 @@ def _home(stream_bytes: int, device: torch.device) -> torch.device:
     if device.type == "cuda" and 8 * stream_bytes < torch.cuda.mem_get_info(device)[0]:
         return device
     return torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class _Streams:
+    """The original's hidden states, and those behind the layers already reduced."""
+
+    reference: Stream
+    reduced: Stream
 
 
 def reduce_plainly(
@@ -172,14 +199,19 @@ def reduce_plainly(
 
 
 def reduce_fitted(
-    w: Layer, shape: LayerShape, target: Dimensions, reference: Stream, reduced: Stream, method: Method
+    w: Layer,
+    shape: LayerShape,
+    target: Dimensions,
+    streams: _Streams,
+    method: Method,
+    rounding: LayerRounding,
 ) -> tuple[Layer, LayerShape, LayerLosses]:
-    """One layer as a3q does it; both streams move on through it."""
+    """One layer as a3q does it, rounded as it goes; both streams move on through it."""
     new = dict(w)
-    reference.begin_layer()
-    reduced.begin_layer()
-    new_shape, qk, ov = _fit_attention(w, new, shape, target, reference, reduced, method)
-    lost = _fit_mlp(w, new, shape, target, reference, reduced, method)
+    streams.reference.begin_layer()
+    streams.reduced.begin_layer()
+    new_shape, qk, ov = _fit_attention(w, new, shape, target, streams, method, rounding)
+    lost = _fit_mlp(w, new, shape, target, streams, method, rounding)
     return new, new_shape, LayerLosses(qk, ov, lost)
 
 
@@ -200,83 +232,42 @@ def _reduce_attention(
     return LayerShape(**vars(target), frequencies=frequencies, sliding_window=shape.sliding_window), qk, ov
 
 
-class _Refit:
-    """Sums for the least-squares fit of an output projection, with its bias where it has one."""
-
-    def __init__(self, width: int, hidden: int, device: torch.device) -> None:
-        self.gram = Moment(width, width, device=device)
-        self.cross = Moment(width, hidden, device=device)
-        self._x, self._y = torch.zeros(width, device=device), torch.zeros(hidden, device=device)
-
-    def add(self, x: Tensor, y: Tensor) -> None:
-        """Take in inputs `[rows, width]` and what they should become `[rows, hidden]`, the bias included."""
-        self.gram.add(x)
-        self.cross.add(x, y)
-        self._x += x.sum(0)
-        self._y += y.sum(0)
-
-    def apply(self, w: Layer, role: str, kept: Tensor | None = None) -> None:
-        """Refit the weight called `role` in place, held back towards what it is, on the `kept` inputs."""
-        gram, cross, rows = self.gram.mean(), self.cross.mean(), max(1, self.gram.rows)
-        x, y = self._x / rows, self._y / rows
-        if kept is not None:
-            gram, cross, x = gram[kept][:, kept], cross[kept], x[kept]
-        bias = f"{role}_bias"
-        if bias in w:
-            weight, intercept = refit_with_bias(gram, cross, x, y, w[role].T, REFIT_RIDGE)
-            w[bias] = intercept.float()
-        else:
-            weight = refit(gram, cross, w[role].T, REFIT_RIDGE)
-        w[role] = weight.float().T.contiguous()
-
-
-def _target(reference: Stream, reduced: Stream, part: slice, w: Layer, post_norm: str, local: Tensor) -> Tensor:
-    """What a component should put out on the reduced stream, `[rows, hidden]`, before the norm behind it.
-
-    The reference is past the component already; `local` is what the original makes of the reduced stream.
-    """
-    gap = reference.part(part) - reduced.part(part)
-    weight = w.get(post_norm)
-    if weight is None:
-        return (CORRECTION * gap + (1 - CORRECTION) * local).flatten(0, 1)
-    # Through the norm backwards, at the scale of the original's output; where the norm passes next to nothing on, any
-    # error is as good.
-    normed = norm(reduced.config, w, post_norm, local)
-    wanted = CORRECTION * gap + (1 - CORRECTION) * normed
-    scale = (local.square().mean(-1, keepdim=True) + reduced.config.norm_eps).sqrt()
-    clear = weight.abs() > FAINT * weight.abs().mean()
-    return torch.where(clear, wanted / torch.where(clear, weight, 1.0) * scale, local).flatten(0, 1)
-
-
 def _fit_attention(
     w: Layer,
     new: Layer,
     shape: LayerShape,
     target: Dimensions,
-    reference: Stream,
-    reduced: Stream,
+    streams: _Streams,
     method: Method,
+    rounding: LayerRounding,
 ) -> tuple[LayerShape, float, float]:
+    reference, reduced = streams.reference, streams.reduced
     config, device, (B, T, hidden) = reference.config, reduced.device, reduced.x.shape
+    # The original layer on the reduced stream.
     local = Stream(config, reduced.x, device)
     statistics = AttentionStatistics(config, shape, T, device)
+    inputs = InputMoments(hidden, device)
     outputs = torch.empty_like(reduced.x)
     for part in batches(config, B, T):
+        inputs.add(local.attention_input(w, part))
         reference.add(part, w, "attn_post_norm", reference.attention(shape, w, part))
         outputs[part] = local.attention(shape, w, part, statistics).to(outputs.device)
     new_shape, qk, ov = _reduce_attention(config, shape, target, new, statistics, method)
+    even_heads(config, new_shape, new, inputs.gram(), inputs.mean())
+    rounding.apply(new, ("q", "k", "v"), inputs.gram())
 
     width = config.num_attention_heads * target.v_head_dim
-    fit = _Refit(width, hidden, device)
+    fit = OutputFit(width, hidden, device)
     attended = torch.empty(B, T, width, device=reduced.x.device)
     for part in batches(config, B, T):
         seen: dict[str, Tensor] = {}
         reduced.attention(new_shape, new, part, seen.__setitem__)
         rows = seen["o"].transpose(1, 2).flatten(2)
         attended[part] = rows.to(attended.device)
-        wanted = _target(reference, reduced, part, w, "attn_post_norm", outputs[part].to(device))
-        fit.add(rows.flatten(0, 1), wanted)
+        wanted = target_of(reference, reduced, part, w, "attn_post_norm", outputs[part].to(device))
+        fit.add(rows.flatten(0, 1), wanted.flatten(0, 1))
     fit.apply(new, "o")
+    rounding.apply(new, ("o",), fit.gram.mean())
     for part in batches(config, B, T):
         y = F.linear(attended[part].to(device), new["o"], new.get("o_bias"))
         reduced.add(part, new, "attn_post_norm", y)
@@ -288,23 +279,37 @@ def _fit_mlp(
     new: Layer,
     shape: LayerShape,
     target: Dimensions,
-    reference: Stream,
-    reduced: Stream,
+    streams: _Streams,
     method: Method,
+    rounding: LayerRounding,
 ) -> float:
+    reference, reduced = streams.reference, streams.reduced
     device, (B, T, hidden) = reduced.device, reduced.x.shape
-    fit = _Refit(shape.intermediate_size, hidden, device)
+    inputs, fit = InputMoments(hidden, device), OutputFit(shape.intermediate_size, hidden, device)
+    outputs = torch.empty_like(reduced.x)
     for part in batches(reference.config, B, T):
+        inputs.add(reduced.mlp_input(w, part))
         reference.add(part, w, "mlp_post_norm", reference.mlp(w, part))
         seen: dict[str, Tensor] = {}
         local = reduced.mlp(w, part, seen.__setitem__)
-        fit.add(seen["m"].flatten(0, 1), _target(reference, reduced, part, w, "mlp_post_norm", local))
+        wanted = target_of(reference, reduced, part, w, "mlp_post_norm", local)
+        outputs[part] = wanted.to(outputs.device)
+        fit.add(seen["m"].flatten(0, 1), wanted.flatten(0, 1))
     kept, lost = None, 0.0
     if target.intermediate_size < shape.intermediate_size:
         kept, lost = reduce_mlp(new, fit.gram.mean(), target.intermediate_size, method)
     fit.apply(new, "down", kept)
     if "gate" in new:
         _balance_units(new)
+    if rounding.grids:
+        rounding.apply(new, ("gate", "up"), inputs.gram())
+        # The units are not quite what they were.
+        fit = OutputFit(target.intermediate_size, hidden, device)
+        for part in batches(reduced.config, B, T):
+            reduced.mlp(new, part, seen.__setitem__)
+            fit.add(seen["m"].flatten(0, 1), outputs[part].to(device).flatten(0, 1))
+        fit.apply(new, "down")
+        rounding.apply(new, ("down",), fit.gram.mean())
     for part in batches(reduced.config, B, T):
         reduced.add(part, new, "mlp_post_norm", reduced.mlp(new, part))
     return lost

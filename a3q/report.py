@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from rich.console import Group, RenderableType
@@ -11,7 +12,7 @@ from rich.text import Text
 from a3q.dimensions import Plan, size_of
 from a3q.families import COMPONENTS
 from a3q.model import Model
-from a3q.result import Result
+from a3q.result import Result, Rounding
 from a3q.verify import Quality
 
 
@@ -27,10 +28,12 @@ def sizes(values: Sequence[int]) -> str:
 
 
 def render(result: Result) -> RenderableType:
-    """Original → reduced → written, the ratio per component, and what had to give."""
+    """Original → reduced → written, the ratio per component, how it was rounded, and what had to give."""
     parts: list[RenderableType] = [_models(result)]
     if result.job.plan.asked > 0:
         parts.append(_components(result))
+    if result.rounding is not None:
+        parts.append(_quantization(result, result.rounding))
     if result.verification is not None:
         parts.append(_verified(result))
     parts += [Text(f"note: {note}", style="yellow") for note in result.notes]
@@ -42,7 +45,9 @@ def render(result: Result) -> RenderableType:
 
 def _models(result: Result) -> Table:
     check = result.verification
-    table = _table("original → reduced → written", "", "parameters", "bytes", "perplexity", "KL", "KV B/token")
+    done = _done(result)
+    title = " → ".join(filter(None, ("original", done, "written")))
+    table = _table(title, "", "parameters", "bytes", "perplexity", "KL", "KV B/token")
 
     def row(name: str, model: Model, size: str, quality: Quality | None) -> None:
         perplexity = f"{quality.perplexity.value:.2f} ± {quality.perplexity.stderr:.2f}" if quality else "not measured"
@@ -51,8 +56,37 @@ def _models(result: Result) -> Table:
         table.add_row(name, f"{model.parameters() / 1e6:.1f} M", size, perplexity, kl, cache)
 
     row("original", result.original, megabytes(result.original.source.file_size), check.original if check else None)
-    row("reduced", result.reduced, "in memory", check.reduced if check else None)
+    if done:
+        row(done, result.reduced, "in memory", check.reduced if check else None)
     row(result.type_name, result.reduced, megabytes(result.written.size), check.written if check else None)
+    return table
+
+
+def _done(result: Result) -> str:
+    """What was done to the model in memory; nothing where it is the original itself."""
+    reduction = result.job.reduction
+    rounded = reduction.top or any(reduction.rounding_losses)
+    return ", ".join(["reduced"] * (result.job.plan.asked > 0) + ["rounded"] * bool(rounded))
+
+
+def _quantization(result: Result, rounding: Rounding) -> Table:
+    title = f"quantization ({rounding.quantizer}), {rounding.bits_per_weight:.2f} bits per weight"
+    table = Table(title=title, title_justify="left", caption_justify="left")
+    table.add_column("")
+    if rounding.types:
+        table.add_column("tensors and their types")
+    if rounding.losses:
+        table.add_column("output energy lost", justify="right", no_wrap=True)
+    for role in dict.fromkeys((*rounding.types, *rounding.losses)):
+        cells = [role]
+        if rounding.types:
+            counts = Counter(rounding.types.get(role, {})).most_common()
+            cells.append(", ".join(f"{count} {kind}" for kind, count in counts))
+        if rounding.losses:
+            cells.append(f"{rounding.losses[role]:.2%}" if role in rounding.losses else "")
+        table.add_row(*cells)
+    if rounding.losses and result.job.plan.asked == 0 and result.job.calibration is not None:
+        table.caption = f"calibrated on {result.job.calibration.description}"
     return table
 
 
@@ -99,8 +133,8 @@ def _verified(result: Result) -> Text:
     opening = {
         "llama.cpp": "llama.cpp loads it, splits text as the source does, and is",
         "transformers": "transformers loads it and is",
-        # No place for the whole model in memory.
-        "a3q": "It is too large for transformers to be tried here; as a3q reads it back, it is",
+        # A note says why.
+        "a3q": "Not tried in transformers; as a3q reads it back, it is",
     }[check.runtime]
     return Text(
         f"{opening} {check.kl_to_reduced:.2g} nats from the model in memory. Perplexity and KL to the original in "

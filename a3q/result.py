@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,6 +12,29 @@ from a3q.pipeline import Reduced
 from a3q.verify import Verification
 from converters.gguf_writer import WrittenFile
 from converters.hf_writer import WrittenFolder
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How weights were rounded."""
+
+    quantizer: str
+    """`gptq`, `rtn` or `plain`."""
+    bits_per_weight: float
+    """Mean over the whole file."""
+    losses: Mapping[str, float]
+    """Mean share of output energy that rounding cost the weights of each role; empty where it was not measured."""
+    types: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    """Of each role, how many matrices are stored in which type; empty where all are alike."""
+
+
+def mean_losses(layers: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Of each role, over the layers that have it."""
+    found: dict[str, list[float]] = {}
+    for layer in layers:
+        for role, loss in layer.items():
+            found.setdefault(role, []).append(loss)
+    return {role: sum(losses) / len(losses) for role, losses in found.items()}
 
 
 @dataclass(frozen=True)
@@ -24,6 +48,8 @@ class Result:
     """Type of the weights, such as Q4_0 or BF16."""
     verification: Verification | None
     notes: tuple[str, ...]
+    rounding: Rounding | None = None
+    """None where nothing is quantized."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Time of each stage."""
 

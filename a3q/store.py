@@ -3,38 +3,53 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import overload
 
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from a3q.model import Layer
+from a3q.solve.grid import Blocks, Grid
 
 
 class LayerStore(Sequence[Layer]):
-    """Append-only sequence; layers beyond `memory_budget` bytes live in a temporary folder that goes with the store."""
+    """Append-only sequence; layers beyond `memory_budget` bytes live in a temporary folder that goes with the store.
+
+    Rounded weights are kept as they will be stored, and dequantized when their layer is asked for.
+    """
 
     def __init__(self, memory_budget: int) -> None:
-        self._layers: list[Layer | Path] = []
+        self._kept: list[dict[str, Tensor] | Path] = []
+        self._grids: list[dict[str, Grid]] = []
         self._left = memory_budget
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
-    def append(self, layer: Layer) -> None:
-        """Keep `layer`, in memory while the budget lasts."""
-        size = sum(tensor.nbytes for tensor in layer.values())
+    def append(self, layer: Layer, blocks: Mapping[str, Blocks] | None = None) -> None:
+        """Keep `layer`, in memory while the budget lasts; `blocks` stand in for the weights under their roles."""
+        blocks = blocks or {}
+        kept = {role: weight for role, weight in layer.items() if role not in blocks}
+        for role, one in blocks.items():
+            kept |= {f"{role}.{name}": value for name, value in one.tensors().items()}
+        self._grids.append({role: one.grid for role, one in blocks.items()})
+        size = sum(tensor.nbytes for tensor in kept.values())
         if size <= self._left:
             self._left -= size
-            self._layers.append(layer)
+            self._kept.append(kept)
             return
         if self._folder is None:
             self._folder = tempfile.TemporaryDirectory(prefix="a3q-")
-        path = Path(self._folder.name) / f"{len(self._layers)}.safetensors"
-        save_file({role: tensor.contiguous() for role, tensor in layer.items()}, path)
-        self._layers.append(path)
+        path = Path(self._folder.name) / f"{len(self._kept)}.safetensors"
+        save_file({name: tensor.contiguous() for name, tensor in kept.items()}, path)
+        self._kept.append(path)
+
+    def blocks(self, index: int) -> dict[str, Blocks]:
+        """The rounded weights of a layer by role."""
+        return self._blocks(index, self._load(index))
 
     def __len__(self) -> int:
-        return len(self._layers)
+        return len(self._kept)
 
     @overload
     def __getitem__(self, index: int) -> Layer: ...
@@ -43,5 +58,18 @@ class LayerStore(Sequence[Layer]):
     def __getitem__(self, index: int | slice) -> Layer | Sequence[Layer]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        layer = self._layers[index]
-        return load_file(layer) if isinstance(layer, Path) else layer
+        kept = self._load(index)
+        layer = {name: tensor for name, tensor in kept.items() if "." not in name}
+        return layer | {role: one.dequantize() for role, one in self._blocks(index, kept).items()}
+
+    def _load(self, index: int) -> dict[str, Tensor]:
+        kept = self._kept[index]
+        return load_file(kept) if isinstance(kept, Path) else kept
+
+    def _blocks(self, index: int, kept: Mapping[str, Tensor]) -> dict[str, Blocks]:
+        found = {}
+        for role, grid in self._grids[index].items():
+            start = f"{role}."
+            fields = {name.removeprefix(start): x for name, x in kept.items() if name.startswith(start)}
+            found[role] = Blocks.of(grid, fields)
+        return found

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -16,11 +17,23 @@ from a3q.perplexity import LogitsOf, Perplexity, compare, logits_of
 from a3q.runtime import LlamaRuntime
 from a3q.samples import TOKENIZER_SAMPLE
 from converters.open import open_model
-from converters.types import QuantPlan
 
 MAX_KL_F16 = 1e-3
 """Mean KL in nats that rounding to float16 and the runtime's float16 cache may cost; more is a wrong file."""
+MAX_KL_ROUNDED = 0.1
+"""The same where the weights in memory are already those of the file: with quantized weights the runtime rounds the
+activations too, to 8 bits; measured are 0.003 to 0.02."""
 _EXACT = (GGMLQuantizationType.F32, GGMLQuantizationType.F16)
+
+
+def allowed_kl(kinds: Iterable[GGMLQuantizationType], rounded: bool) -> float | None:
+    """Mean KL in nats that a file with tensors of these types may have from the model in memory; None: any.
+
+    `rounded`: the weights in memory are those of the file, so that writing it rounds next to nothing.
+    """
+    if all(kind in _EXACT for kind in kinds):
+        return MAX_KL_F16
+    return MAX_KL_ROUNDED if rounded else None
 
 
 @dataclass(frozen=True)
@@ -63,15 +76,16 @@ def verify(
     path: Path,
     original: Model,
     reduced: Model,
-    plan: QuantPlan,
+    allowed: float | None,
     sequences: Tensor,
     device: torch.device,
     on_progress: Callable[[float], None] = lambda _: None,
 ) -> Verification:
     """Load `path` in llama.cpp and compare, on held-out `sequences` `[B, T]`, positions from T / 2 on.
 
-    `on_progress` hears of every layer, and of every sequence as one unit. VerifyError: the file does not load, splits
-    text differently, or, where nothing was quantized, predicts differently.
+    `allowed`: mean KL in nats from `reduced` that the file may have, see `allowed_kl`. `on_progress` hears of every
+    layer, and of every sequence as one unit. VerifyError: the file does not load, splits text differently, or predicts
+    otherwise than allowed.
     """
     first = sequences.shape[1] // 2
 
@@ -89,10 +103,10 @@ def verify(
 
         found = _compared(source, memory, written, sequences, "llama.cpp")
     # Written so that a NaN fails too.
-    if plan.matrix in _EXACT and not found.kl_to_reduced <= MAX_KL_F16:
+    if allowed is not None and not found.kl_to_reduced <= allowed:
         raise VerifyError(
             f"{path}: llama.cpp's predictions are {found.kl_to_reduced:.2g} nats from the model that was written (at "
-            f"most {MAX_KL_F16:g} is rounding); this is a defect of a3q or of this llama.cpp, please report it"
+            f"most {allowed:g} is its own rounding); this is a defect of a3q or of this llama.cpp, please report it"
         )
     return found
 
@@ -122,11 +136,14 @@ def verify_folder(
     sequences: Tensor,
     device: torch.device,
     on_progress: Callable[[float], None] = lambda _: None,
+    gptq: bool = False,
 ) -> Verification:
     """Load the folder `path` in transformers and compare, on held-out `sequences` `[B, T]`, positions from T / 2 on.
 
-    `on_progress` hears of every layer of three models, and of transformers as one unit. VerifyError: transformers does
-    not load it or predicts otherwise than a3q does with the same weights, or the weights are not those that were meant.
+    Transformers is left out where the model does not fit into memory, and with `gptq` (its matrices are quantized, in
+    `reduced` too) where `gptq_runs` says no. `on_progress` hears of every layer of three models, and of transformers as
+    one unit. VerifyError: transformers does not load it or predicts otherwise than a3q does with the same weights, or
+    the weights are not those that were meant.
     """
     first = sequences.shape[1] // 2
 
@@ -138,21 +155,29 @@ def verify_folder(
     if reduced is original:
         on_progress(original.config.num_hidden_layers)
     written = in_memory(open_model(path))
-    place = _place(reduced, device)
+    place = None if gptq and not gptq_runs() else _place(reduced, device)
     found = _compared(source, memory, written, sequences, "a3q" if place is None else "transformers")
     apart = 0.0
     if place is not None:
-        transformed = _transformers_logits(path, place)
+        transformed = _transformers_logits(path, place, torch.float16 if gptq else torch.float32)
         logits = {"transformers": lambda ids: transformed(ids)[first:]}
         apart = compare(written, logits, sequences[:1], first)["transformers"].mean_kl
     on_progress(1)
-    if not apart <= MAX_KL_F16 or (dtype is torch.float32 and not found.kl_to_reduced <= MAX_KL_F16):
+    # Only the matrices of a quantized folder are stored as they are in memory.
+    exact = dtype is torch.float32 or (gptq and dtype is torch.float16)
+    if not apart <= MAX_KL_F16 or (exact and not found.kl_to_reduced <= MAX_KL_F16):
+        tried = f"transformers predicts {apart:.2g} nats from a3q with the same weights, which"
         raise VerifyError(
-            f"{path}: transformers predicts {apart:.2g} nats from a3q with the same weights, which are "
-            f"{found.kl_to_reduced:.2g} nats from the model in memory (at most {MAX_KL_F16:g} is rounding); this is a "
-            "defect of a3q or of this transformers, please report it"
+            f"{path}: {'its weights' if place is None else tried} are {found.kl_to_reduced:.2g} nats from the model in "
+            f"memory (at most {MAX_KL_F16:g} is rounding); this is a defect of a3q or of this transformers, please "
+            "report it"
         )
     return found
+
+
+def gptq_runs() -> bool:
+    """Whether transformers can load GPTQ folders here."""
+    return all(find_spec(package) is not None for package in ("gptqmodel", "optimum"))
 
 
 def _place(model: Model, device: torch.device) -> torch.device | None:
@@ -166,8 +191,11 @@ def _place(model: Model, device: torch.device) -> torch.device | None:
     return torch.device("cpu") if needed < free_memory() else None
 
 
-def _transformers_logits(path: Path, device: torch.device) -> LogitsOf:
-    """Logits of a token sequence in transformers, in float32 so that only a mistake can make a difference."""
+def _transformers_logits(path: Path, device: torch.device, dtype: torch.dtype) -> LogitsOf:
+    """Logits of a token sequence in transformers.
+
+    `dtype` is float32, so that only a mistake can make a difference, where kernels know it: GPTQ's want float16.
+    """
     import transformers
     from transformers.utils import logging
 
@@ -175,7 +203,7 @@ def _transformers_logits(path: Path, device: torch.device) -> LogitsOf:
     logging.disable_progress_bar()  # a3q shows its own
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, trust_remote_code=False, local_files_only=True
+            path, dtype=dtype, trust_remote_code=False, local_files_only=True
         )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise VerifyError(f"{path}: transformers does not load the folder: {' '.join(str(error).split())}") from error
@@ -187,6 +215,6 @@ def _transformers_logits(path: Path, device: torch.device) -> LogitsOf:
     @torch.inference_mode()
     def logits(ids: Tensor) -> Tensor:
         found: Tensor = model(ids[None].to(device), use_cache=False).logits[0]
-        return found
+        return found.float()
 
     return logits

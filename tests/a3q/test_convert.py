@@ -16,6 +16,7 @@ from torch import Tensor
 
 from a3q import InputError, Result, VerifyError, __version__, convert, pipeline, reduce_to_folder, runtime, to_gguf
 from a3q.forward import hidden_states, output_logits
+from a3q.gguf_types import TypeRequest
 from a3q.model import Model
 from a3q.runtime import LlamaRuntime
 from a3q.to_gguf import default_name
@@ -177,7 +178,7 @@ def test_plain_conversion_computes_the_same(
 
 def test_nothing_is_calibrated_that_serves_nothing(sources: dict[str, Path], tmp_path: Path) -> None:
     run = reduced(sources["llama"], tmp_path / "m.gguf", ratio=0, verify_file=False)
-    assert run.stages.titles == ["hash the source", "quantize and write"]
+    assert run.stages.titles == ["hash the source", "write"]
     assert run.result.verification is None
     for mine, theirs in zip(open_gguf(run.result.path).layers, open_model(run.source).layers, strict=True):
         assert all(torch.equal(mine[role], theirs[role]) for role in theirs)
@@ -259,6 +260,7 @@ def test_metadata(run: Run) -> None:
         "a3q.ranks": run.ranks,
         "a3q.components": ["qk", "ov", "mlp"],
         "a3q.quantization": "f16",
+        "a3q.quantizer": "plain",
         "a3q.source.name": name,
         "a3q.source.files": [weights.name],
         "a3q.source.sha256": [hashlib.sha256(weights.read_bytes()).hexdigest()],
@@ -274,7 +276,7 @@ def test_metadata(run: Run) -> None:
 def test_stages_advance_by_their_total(run: Run) -> None:
     text_stage = "write calibration text" if run.calib == "self" else "read calibration text"
     weighing = ["weigh the layers"] if run.ranks == "mixed" else []
-    expected = ["hash the source", text_stage, *weighing, "reduce", "quantize and write", "verify in llama.cpp"]
+    expected = ["hash the source", text_stage, *weighing, "reduce", "write", "verify in llama.cpp"]
     assert run.stages.titles == expected[: None if runtime.available() else -1]
     assert list(run.result.seconds) == run.stages.titles
     run.stages.check_totals()
@@ -336,7 +338,7 @@ def test_same_seed_same_bytes(sources: dict[str, Path], text: Path, tmp_path: Pa
 def test_checking_changes_nothing(run: Run, tmp_path: Path) -> None:
     unchecked = reduced(run.source, tmp_path / "m.gguf", run.calib, ranks=run.ranks, verify_file=False)
     assert unchecked.result.verification is None
-    assert unchecked.stages.titles[-1] == "quantize and write"
+    assert unchecked.stages.titles[-1] == "write"
     assert unchecked.result.path.read_bytes() == run.result.path.read_bytes()
     assert unchecked.result.written == replace(run.result.written, path=unchecked.result.path)
 
@@ -374,20 +376,20 @@ def test_without_llama_cpp(sources: dict[str, Path], tmp_path: Path, monkeypatch
 @pytest.mark.parametrize(
     ("source", "ratio", "quant", "name"),
     [
-        ("Llama-3.2-1B.Q4_1.gguf", 0.25, "4bit", "Llama-3.2-1B-a3q25-Q4_0.gguf"),
+        ("Llama-3.2-1B.Q4_1.gguf", 0.25, "4bit", "Llama-3.2-1B-a3q25-Q4_K_M.gguf"),
         ("smol-F16.gguf", 0.1, "f16", "smol-a3q10-F16.gguf"),
         ("smol-Q4_K_M.gguf", 0, "8bit", "smol-Q8_0.gguf"),
         ("plain.gguf", 0, "bf16", "plain-BF16.gguf"),
     ],
 )
 def test_default_name(sources: dict[str, Path], source: str, ratio: float, quant: str, name: str) -> None:
-    model = open_model(sources["llama"])
+    model, request = open_model(sources["llama"]), TypeRequest(resolve_quant(quant))
     named = replace(model, source=replace(model.source, path=Path("some") / source, format="gguf"))
-    assert default_name(named, ratio, resolve_quant(quant)) == name
-    assert default_name(model, ratio, resolve_quant(quant)).startswith("llama-")
+    assert default_name(named, ratio, request) == name
+    assert default_name(model, ratio, request).startswith("llama-")
     cached = Path("hub") / "models--org--Smol-135M" / "snapshots" / "0123abcd"
     model = replace(model, source=replace(model.source, path=cached))
-    assert default_name(model, ratio, resolve_quant(quant)).startswith("Smol-135M-")
+    assert default_name(model, ratio, request).startswith("Smol-135M-")
 
 
 def test_default_output_is_in_the_current_folder(

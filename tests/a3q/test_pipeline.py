@@ -55,6 +55,11 @@ def settings(model: Model, **options: Any) -> Settings:
     return Settings(**({"calib": [str(text)], "calib_tokens": 1024, "device": "cpu"} | options))
 
 
+def stock(model: Model, block: int) -> Grid:
+    """What stock llama.cpp holds."""
+    return gguf_grid(model.family, model.config, block)
+
+
 def reduced(
     model: Model, grid: Grid | None = None, method: Method = PER_HEAD, held_out: bool = False, **options: Any
 ) -> tuple[Reduced, Recorded]:
@@ -138,9 +143,9 @@ def test_other_ratios_next_to_the_same_probe_share_a_measurement(model: Model) -
 
 
 def test_any_block_of_a_type_shares_a_measurement(model: Model) -> None:
-    reduced(model, gguf_grid(model.family, 1))
+    reduced(model, stock(model, 1))
     for block in (32, 256):
-        assert WEIGH not in reduced(model, gguf_grid(model.family, block))[1].titles
+        assert WEIGH not in reduced(model, stock(model, block))[1].titles
 
 
 OTHERS: dict[str, dict[str, Any]] = {
@@ -198,7 +203,7 @@ def test_cache_that_cannot_be_written(model: Model, cache: Path) -> None:
 def test_nothing_is_weighed_that_nothing_depends_on(model: Model) -> None:
     even = {"ranks": "uniform"}
     assert WEIGH not in reduced(model, **even)[1].titles
-    grid = gguf_grid(model.family, 1)
+    grid = stock(model, 1)
     # One head size, and no MLP: nothing to choose.
     assert WEIGH not in reduced(model, grid, components=frozenset(("QK", "OV")), ratio=0.5)[1].titles
     assert WEIGH in reduced(model, grid, components=frozenset(("MLP",)))[1].titles
@@ -236,7 +241,7 @@ def test_every_family(pico: Path, tmp_path: Path, kind: Kind, ranks: str) -> Non
 
 def test_candidates_are_tried(model: Model) -> None:
     """Head size 16 cannot lose a quarter on the grid of 8: either the MLP loses it, or the heads lose half."""
-    result, stages = reduced(model, gguf_grid(model.family, 1), Method("a3q", "shared"), ranks="uniform", ratio=0.2)
+    result, stages = reduced(model, stock(model, 1), Method("a3q", "shared"), ranks="uniform", ratio=0.2)
     assert len(result.tried) == 2
     assert "choose dimensions" in stages.titles
     assert result.plan == min(result.tried, key=lambda pair: pair[1])[0]
@@ -254,7 +259,7 @@ def test_one_candidate_is_held_at_a_time(model: Model, monkeypatch: pytest.Monke
         return reduction
 
     monkeypatch.setattr(pipeline, "reduce", watched)
-    reduced(model, gguf_grid(model.family, 1), Method("a3q", "shared"), ranks="uniform", ratio=0.2)
+    reduced(model, stock(model, 1), Method("a3q", "shared"), ranks="uniform", ratio=0.2)
     assert len(made) == 3
 
 
@@ -263,7 +268,12 @@ def test_a_kv_cache_that_stays_is_said(pico: Path) -> None:
     text = str(pico.with_name("text.txt"))
     for ranks, options in (("mixed", {}), ("uniform", {}), ("uniform", {"components": frozenset(("MLP",))})):
         result, _ = reduced(
-            model, gguf_grid(model.family, 1), Method("a3q", "shared"), calib=[text], ranks=ranks, **options
+            model,
+            stock(model, 1),
+            Method("a3q", "shared"),
+            calib=[text],
+            ranks=ranks,
+            **options,
         )
         same = result.model.config.kv_bytes_per_token() == model.config.kv_bytes_per_token()
         said = any("the KV cache stays as large" in note for note in result.notes)
@@ -273,19 +283,19 @@ def test_a_kv_cache_that_stays_is_said(pico: Path) -> None:
 def test_qwen3_has_one_mlp_size_in_llama_cpp(pico: Path, tmp_path: Path) -> None:
     model = open_model(write_model(tmp_path / "qwen3", "qwen3", intermediate_size=256, num_hidden_layers=3))
     text = str(pico.with_name("text.txt"))
-    result, stages = reduced(model, gguf_grid(model.family, 32), Method("a3q", "shared"), calib=[text])
+    result, stages = reduced(model, stock(model, 32), Method("a3q", "shared"), calib=[text])
     assert {shape.intermediate_size for shape in result.model.config.layers} == {192}
     assert WEIGH not in stages.titles
     stay, few = result.notes
     assert "QK stay" in stay
     assert "calibration tokens are few for 256 MLP units" in few
     # Nothing to say where nothing is reduced.
-    assert reduced(model, gguf_grid(model.family, 32), calib=[text], ratio=0.0)[0].notes == ()
+    assert reduced(model, stock(model, 32), calib=[text], ratio=0.0)[0].notes == ()
 
 
 def test_shortfall_is_said(model: Model) -> None:
     for ranks in ("mixed", "uniform"):
-        result, _ = reduced(model, gguf_grid(model.family, 32), Method("a3q", "shared"), ratio=0.9, ranks=ranks)
+        result, _ = reduced(model, stock(model, 32), Method("a3q", "shared"), ratio=0.9, ranks=ranks)
         assert any(note.startswith("asked for 90.0%, achieved ") for note in result.notes), ranks
 
 

@@ -11,15 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from a3q import components, forward
-from a3q import reduce as reducing
+from a3q import components, fit, forward
 from a3q.components import Method
 from a3q.forward import attention, block, embed, hidden_states, mlp, norm
 from a3q.model import Layer, LayerShape, Model, ModelConfig
-from a3q.reduce import Dimensions, LayerLosses, Reduction, Stream, reduce, reduce_fitted, reduce_plainly
+from a3q.quantize import LayerRounding
+from a3q.reduce import Dimensions, LayerLosses, Reduction, _Streams, reduce, reduce_fitted, reduce_plainly
 from a3q.solve.ov import OVSolution, solve_ov
 from a3q.solve.qk import _as_real, select_frequencies
 from a3q.statistics import AttentionStatistics, Moment
+from a3q.stream import Stream
 from converters.hf_reader import open_huggingface
 from tests.pico import VOCAB, Kind, write_model
 from tests.test_reduction_of_families import METHODS, check_shapes, cut, distance, logits
@@ -104,19 +105,31 @@ def copies(model: Model) -> list[Layer]:
     return [{role: weight.clone() for role, weight in layer.items()} for layer in model.layers]
 
 
+def values_put_out(model: Model, w: Layer) -> Tensor:
+    """What each query head makes of its input: output projection times values, `[heads, hidden, hidden]`."""
+    config = model.config
+    values = w["v"].view(config.num_key_value_heads, 16, -1).repeat_interleave(config.queries_per_group, 0)
+    return w["o"].view(-1, config.num_attention_heads, 16).transpose(0, 1) @ values
+
+
 @ALL_METHODS
 def test_the_same_dimensions_change_nothing(model: Model, method: Method) -> None:
-    """The refits' targets are then the weights' own outputs, and unit balancing is exact."""
+    """The refits' targets are then the weights' own outputs; evening out heads and balancing units are exact."""
     reduction = run(model, Dimensions.of(model.config.layers[0]), method)
     assert reduction.model.config == model.config
     assert reduction.losses == [LayerLosses()] * 2
     assert error(model, reduction.model) < 1e-5
     for layer, before in zip(reduction.model.layers, model.layers, strict=True):
-        assert all(torch.equal(layer[role], before[role]) for role in ("q", "k", "v", "attn_norm"))
         if not method.fitted:
             assert all(torch.equal(layer[role], before[role]) for role in before)
             continue
-        assert distance(layer["o"], before["o"]) < 1e-4
+        assert all(torch.equal(layer[role], before[role]) for role in before if role.endswith("norm"))
+        assert distance(values_put_out(model, layer), values_put_out(model, before)) < 1e-4
+        for role, other in (("q", "k"), ("k", "q")):
+            # Rows are scaled, up in one and down in the other, and not turned.
+            cosine = torch.cosine_similarity(layer[role], before[role])
+            torch.testing.assert_close(cosine, torch.ones_like(cosine))
+            assert not torch.equal(layer[other], before[other])
         if "gate" in layer:
             norms = layer["down"].norm(dim=0)
             torch.testing.assert_close(norms, norms.mean().expand_as(norms))
@@ -190,8 +203,8 @@ def test_spilling_to_disk_changes_nothing(model: Model) -> None:
         assert one.keys() == other.keys()
         assert all(torch.equal(one[role], other[role]) for role in one)
     assert torch.equal(logits(spilled.model, HELD_OUT), logits(kept.model, HELD_OUT))
-    assert spilled.model.layers[0] is not spilled.model.layers[0]
-    assert kept.model.layers[0] is kept.model.layers[0]
+    assert spilled.model.layers[0]["q"] is not spilled.model.layers[0]["q"]
+    assert kept.model.layers[0]["q"] is kept.model.layers[0]["q"]
 
 
 @pytest.mark.parametrize("method", [SHARED, METHODS["paper-own"]], ids=["a3q", "paper"])
@@ -209,9 +222,10 @@ def test_streams_are_those_of_the_two_models(model: Model) -> None:
     """After the last layer, one stream holds what the original computes and the other what the reduced model does."""
     x = embed(model, CALIBRATION)
     reference, reduced = Stream(model.config, x.clone(), CPU), Stream(model.config, x.clone(), CPU)
+    streams, unrounded = _Streams(reference, reduced), LayerRounding({}, None, "nowhere")
     layers, shapes = [], []
     for shape, w in zip(model.config.layers, model.layers, strict=True):
-        new, new_shape, _ = reduce_fitted(dict(w), shape, QUARTER["all"], reference, reduced, SHARED)
+        new, new_shape, _ = reduce_fitted(dict(w), shape, QUARTER["all"], streams, SHARED, unrounded)
         layers.append(new)
         shapes.append(new_shape)
     config = dataclasses.replace(model.config, layers=tuple(shapes))
@@ -264,9 +278,9 @@ def test_refit_and_correction_bring_the_calibration_text_closer(model: Model, mo
         return error(model, run(model, QUARTER["all"]).model, CALIBRATION)
 
     both = found()
-    monkeypatch.setattr(reducing, "CORRECTION", 0.0)
+    monkeypatch.setattr(fit, "CORRECTION", 0.0)
     local = found()
-    monkeypatch.setattr(reducing, "REFIT_RIDGE", 1e9)
+    monkeypatch.setattr(fit, "RIDGE", 1e9)
     plain = found()
     assert both < 0.98 * local
     assert local < 0.995 * plain
@@ -275,7 +289,7 @@ def test_refit_and_correction_bring_the_calibration_text_closer(model: Model, mo
 @pytest.mark.parametrize("kind", ["llama", "gpt_neox", "gpt2", "opt"])
 def test_biases_take_up_the_mean_error(kind: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the original's output as target, what the reduced first layer puts out has no mean error over the text."""
-    monkeypatch.setattr(reducing, "CORRECTION", 0.0)
+    monkeypatch.setattr(fit, "CORRECTION", 0.0)
     model = open_huggingface(write_model(tmp_path / "m", kind, **({"bias": True} if kind == "llama" else {})))
     assert {"o_bias", "down_bias"} <= model.layer_roles
     config, (old, w) = model.config, (model.config.layers[0], model.layers[0])
@@ -311,13 +325,15 @@ def test_refit_is_least_squares_on_the_two_streams(model: Model) -> None:
     target = attention(config, old, w, normed).flatten(0, 1).double()
     statistics = AttentionStatistics(config, old, LENGTH, CPU)
     attention(config, old, w, normed, statistics)
-    prior = dict(w)
+    prior, inputs = dict(w), normed.flatten(0, 1)
+    components.reduce_qk(config, old, prior, statistics, 12, SHARED)
     components.reduce_ov(config, prior, statistics, 12, SHARED)
+    components.even_heads(config, shape, prior, inputs.T @ inputs / len(inputs), inputs.mean(0))
     start = prior["o"].T.double()
     if "o_bias" in w:
         x_mean, y_mean = rows.mean(0), target.mean(0)
         rows, target = rows - x_mean, target - y_mean
-    strength = reducing.REFIT_RIDGE * rows.square().sum() / len(rows) / rows.shape[1]
+    strength = fit.RIDGE * rows.square().sum() / len(rows) / rows.shape[1]
     root = (strength * len(rows)).sqrt() * torch.eye(rows.shape[1], dtype=torch.float64)
     expected = torch.linalg.lstsq(torch.cat((rows, root)), torch.cat((target, root @ start))).solution
     assert distance(new["o"].T.double(), expected) < 1e-4
@@ -335,16 +351,16 @@ def test_targets_go_backwards_through_a_norm(kind: Kind, tmp_path: Path) -> None
     gap, base = torch.randn(3, 5, 64, generator=generator), torch.randn(3, 5, 64, generator=generator)
     reference, reduced = Stream(config, base + gap, CPU), Stream(config, base, CPU)
     whole = slice(None)
-    target = reducing._target(reference, reduced, whole, w, "attn_post_norm", local).view(3, 5, 64)
+    target = fit.target(reference, reduced, whole, w, "attn_post_norm", local)
     weight = w["attn_post_norm"]
     scale = (local.square().mean(-1, keepdim=True) + config.norm_eps).sqrt()
-    wanted = reducing.CORRECTION * gap + (1 - reducing.CORRECTION) * norm(config, w, "attn_post_norm", local)
+    wanted = fit.CORRECTION * gap + (1 - fit.CORRECTION) * norm(config, w, "attn_post_norm", local)
     torch.testing.assert_close(target / scale * weight, wanted, rtol=1e-4, atol=1e-5)
     # Where nothing is amiss, the target is the output itself; and a weight of next to nothing is not divided by.
     w["attn_post_norm"] = weight.clone()
     w["attn_post_norm"][:3] = torch.tensor([0.0, 1e-9, -1e-9])
     reference = Stream(config, base + norm(config, w, "attn_post_norm", local), CPU)
-    same = reducing._target(reference, reduced, whole, w, "attn_post_norm", local).view(3, 5, 64)
+    same = fit.target(reference, reduced, whole, w, "attn_post_norm", local)
     torch.testing.assert_close(same, local, rtol=1e-3, atol=1e-6)
 
 

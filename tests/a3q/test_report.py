@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 from rich.console import Console
 
@@ -106,6 +107,44 @@ def test_nothing_reduced(source: Path) -> None:
     result = convert(source, ratio=0, output=source.with_name("plain.gguf"), verify_file=False, **CALIB)
     assert "reduction" not in words(result)
     assert f"wrote {result.path}" in words(result)
+
+
+def test_what_was_done_in_memory(source: Path, mixed: Result, tried: Result) -> None:
+    assert "original → reduced → written" in words(mixed)
+    assert "original → reduced, rounded → written" in words(tried)
+    options: dict[str, Any] = {"ratio": 0, "quant": "q4_0", "verify_file": False, "calib": text_of(source)}
+    rounded = convert(source, output=source.with_name("rounded.gguf"), **options, **CALIB)
+    assert "original → rounded → written" in words(rounded)
+    assert "│ rounded │" in words(rounded)
+    plain = convert(source, output=source.with_name("unrounded.gguf"), quantizer="plain", **options, **CALIB)
+    assert "original → written" in words(plain)
+    assert "in memory" not in words(plain)
+
+
+def text_of(source: Path) -> str:
+    return str(source.with_name("text.txt"))
+
+
+def test_quantization(tried: Result, mixed: Result) -> None:
+    rounding, text = tried.rounding, words(tried)
+    assert rounding is not None
+    assert f"quantization (gptq), {rounding.bits_per_weight:.2f} bits per weight" in text
+    assert rounding.types["q"] == {rounding_type(tried, "blk.0.attn_q.weight"): 2}
+    assert f"│ q │ 2 {next(iter(rounding.types['q']))} │ {rounding.losses['q']:.2%} │" in text
+    # Outside the layers the loss is not measured.
+    assert rounding.types["output"] == {"Q8_0": 1}
+    assert "│ output │ 1 Q8_0 │ │" in text
+    several = replace(rounding, quantizer="rtn", types={"v": {"Q4_K": 1, "Q6_K": 29}}, losses={"v": 0.0123, "o": 0.5})
+    text = words(replace(tried, rounding=several))
+    for part in ("quantization (rtn)", "│ v │ 29 Q6_K, 1 Q4_K │ 1.23% │", "│ o │ │ 50.00% │"):
+        assert part in text, part
+    assert "output energy lost" not in words(replace(tried, rounding=replace(several, losses={})))
+    assert "their types" not in words(replace(tried, rounding=replace(several, types={})))
+    assert "quantization" not in words(mixed)
+
+
+def rounding_type(result: Result, name: str) -> str:
+    return next(tensor.tensor_type.name for tensor in gguf.GGUFReader(result.path).tensors if tensor.name == name)
 
 
 def test_some_components_are_named(source: Path) -> None:

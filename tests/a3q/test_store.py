@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from a3q.solve.gptq import nearest
+from a3q.solve.grid import GRIDS, Blocks
 from a3q.store import LayerStore
 
 Item = dict[str, Tensor]
@@ -72,6 +74,47 @@ def test_no_folder_while_everything_fits(temp: Path) -> None:
     assert len(store) == 4 and list(temp.iterdir()) == []
 
 
-def test_what_stays_in_memory_is_the_layer_itself() -> None:
+def test_what_stays_in_memory_is_the_weights_themselves() -> None:
     given = items(1)
-    assert filled(10**6, given)[0] is given[0]
+    store = filled(10**6, given)
+    assert all(store[0][name] is given[0][name] for name in given[0])
+
+
+def rounded() -> tuple[Item, dict[str, Blocks]]:
+    """A layer of which `q` and `down` are rounded; `q_bias` begins like one of them."""
+    weights = {role: torch.randn(5, 256) for role in ("q", "k", "down")}
+    blocks = {
+        role: nearest(weights[role], GRIDS[name], torch.ones(256)) for role, name in (("q", "q4_k"), ("down", "q4_1"))
+    }
+    return weights | {role: one.dequantize() for role, one in blocks.items()} | {"q_bias": torch.randn(5)}, blocks
+
+
+@pytest.mark.parametrize("budget", [10**6, 0])
+def test_rounded_weights_are_kept_as_blocks(temp: Path, budget: int) -> None:
+    store, given = LayerStore(budget), [rounded() for _ in range(2)]
+    for layer, blocks in given:
+        store.append(layer, blocks)
+    store.append(given[0][0])
+    assert len(list(temp.rglob("*.safetensors"))) == (0 if budget else 3)
+    for i, (layer, blocks) in enumerate(given):
+        assert store[i].keys() == layer.keys()
+        assert all(torch.equal(store[i][role], layer[role]) for role in layer)
+        found = store.blocks(i)
+        assert found.keys() == blocks.keys()
+        for role, one in blocks.items():
+            assert found[role].grid is one.grid and found[role].tensors().keys() == one.tensors().keys()
+            for name, field in one.tensors().items():
+                assert torch.equal(found[role].tensors()[name], field)
+                assert found[role].tensors()[name].dtype == field.dtype
+    assert store.blocks(2) == {} and torch.equal(store[2]["q"], given[0][0]["q"])
+
+
+def test_blocks_take_the_room_of_blocks(temp: Path) -> None:
+    """The budget of a layer in full is that of more than one rounded."""
+    layer, blocks = rounded()
+    store = LayerStore(sum(weight.nbytes for weight in layer.values()))
+    store.append(layer, blocks)
+    store.append({}, blocks)
+    assert list(temp.iterdir()) == []
+    store.append(layer)
+    assert len(list(temp.rglob("*.safetensors"))) == 1

@@ -9,14 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+from gguf.constants import GGMLQuantizationType
 
 from a3q import runtime
 from a3q.errors import VerifyError
 from a3q.model import Layer, Model, Tokenizer
 from a3q.samples import TOKENIZER_SAMPLE
-from a3q.verify import MAX_KL_F16, Verification, verify
+from a3q.verify import MAX_KL_F16, MAX_KL_ROUNDED, Verification, allowed_kl, verify
 from converters.gguf_writer import write_gguf
 from converters.hf_reader import open_huggingface
+from converters.open import open_model
 from converters.types import resolve_quant
 from tests.pico import VOCAB, write_model
 
@@ -33,8 +35,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Model, Model]:
     return first, second
 
 
-def check(path: Path, original: Model, memory: Model | None = None, quant: str = "f16", **options: Any) -> Verification:
-    return verify(path, original, memory or original, resolve_quant(quant), SEQUENCES, CPU, **options)
+def check(
+    path: Path, original: Model, memory: Model | None = None, allowed: float | None = MAX_KL_F16, **options: Any
+) -> Verification:
+    return verify(path, original, memory or original, allowed, SEQUENCES, CPU, **options)
 
 
 def write(model: Model, path: Path, quant: str = "f16") -> Path:
@@ -45,7 +49,7 @@ def write(model: Model, path: Path, quant: str = "f16") -> Path:
 def test_right_file_passes(models: tuple[Model, Model], tmp_path: Path, quant: str) -> None:
     model = models[0]
     done: list[float] = []
-    result = check(write(model, tmp_path / "m.gguf", quant), model, quant=quant, on_progress=done.append)
+    result = check(write(model, tmp_path / "m.gguf", quant), model, allowed=None, on_progress=done.append)
     limit = {"f32": 1e-5, "f16": 1e-5, "bf16": 1e-3, "q8_0": 3e-3, "q4_0": 0.2}[quant]
     assert 0 < result.kl_to_reduced < limit
     assert result.kl_to_reduced == result.written.kl
@@ -56,6 +60,28 @@ def test_right_file_passes(models: tuple[Model, Model], tmp_path: Path, quant: s
     assert result.written.perplexity.value == pytest.approx(result.original.perplexity.value, rel=0.1)
     # The original's layers, and each sequence against either model.
     assert sum(done) == 2 + 2 * 2
+
+
+def test_what_a_file_may_cost() -> None:
+    f32, f16, bf16, q4_k = (GGMLQuantizationType[name] for name in ("F32", "F16", "BF16", "Q4_K"))
+    for rounded in (False, True):
+        assert allowed_kl([f32, f16], rounded) == MAX_KL_F16
+    # Writing rounds; how much is measured and not judged.
+    assert allowed_kl([f32, bf16], False) is None
+    assert allowed_kl([f32, q4_k], False) is None
+    # What is written was rounded before.
+    assert allowed_kl([f32, q4_k], True) == MAX_KL_ROUNDED
+
+
+@pytest.mark.parametrize("quant", ["q8_0", "q4_0"])
+def test_right_file_of_rounded_weights_passes(models: tuple[Model, Model], tmp_path: Path, quant: str) -> None:
+    """The weights in memory are those of the file: what is left is how the runtime multiplies."""
+    path = write(models[0], tmp_path / "m.gguf", quant)
+    memory = open_model(path)
+    assert check(path, models[0], memory, MAX_KL_ROUNDED).kl_to_reduced < 0.02
+    wrong = write(with_rows_moved(memory, "v"), tmp_path / "wrong.gguf", quant)
+    with pytest.raises(VerifyError, match=r"at most 0\.1 is its own rounding"):
+        check(wrong, models[0], memory, MAX_KL_ROUNDED)
 
 
 def test_reduced_and_original_are_told_apart(models: tuple[Model, Model], tmp_path: Path) -> None:
@@ -109,10 +135,10 @@ def test_not_a_number_is_no_success(models: tuple[Model, Model], tmp_path: Path)
 
 def test_coarse_types_are_measured_and_not_refused(models: tuple[Model, Model], tmp_path: Path) -> None:
     path = write(models[0], tmp_path / "m.gguf", "q4_0")
-    result = check(path, models[0], quant="q4_0")
+    result = check(path, models[0], allowed=None)
     assert result.kl_to_reduced > MAX_KL_F16
     with pytest.raises(VerifyError, match="predictions"):
-        check(path, models[0], quant="f16")
+        check(path, models[0])
 
 
 class Otherwise:
