@@ -11,17 +11,18 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
-from safetensors import safe_open
 
 from a3q.model import LayerShape, Model, ModelConfig
 from converters import rope
 from converters.gguf_reader import ROPE_FACTORS, GGUFHeader, check_gguf
+from converters.gptq_config import read_form
 from converters.hf_reader import open_huggingface
+from converters.hf_weights import Stored, StoredLinear, open_weights, read_json
 
 CACHE_BLOCK = 32
 """Values of a head that a quantized cache stores together; the head size must be a multiple of it."""
 
-_DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+_DTYPE_BYTES = {"F32": 4, "I32": 4, "F16": 2, "BF16": 2}
 _FLASH_CUDA = (40, 64, 72, 80, 96, 112, 128, 256)
 _FLASH_METAL = (*_FLASH_CUDA, 32, 48, 192)
 
@@ -140,19 +141,24 @@ def _from_folder(model: Model) -> Inspection:
         architecture=model.family.name,
         config=model.config,
         fields={key: field.value for key, field in model.metadata.items()},
-        tensors=tuple(_stored_tensors(model.source.weight_files)),
+        tensors=tuple(_stored_tensors(model.source.path)),
         files=model.source.weight_files,
     )
 
 
-def _stored_tensors(files: Iterable[Path]) -> Iterable[TensorInfo]:
-    """Tensors of safetensors files, which `open_huggingface` has checked."""
-    for path in files:
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 (a handle, not a mapping)
-                part = file.get_slice(name)
-                shape, dtype = tuple(part.get_shape()), str(part.get_dtype())
-                yield TensorInfo(name, dtype, shape, math.prod(shape) * _DTYPE_BYTES.get(dtype, 0))
+def _stored_tensors(folder: Path) -> Iterable[TensorInfo]:
+    """Tensors of a folder, which `open_huggingface` has checked; the four of a GPTQ matrix are one."""
+    config = folder / "config.json"
+    for name, stored in open_weights(folder, read_form(read_json(config), config)).tensors.items():
+        if isinstance(stored, StoredLinear):
+            size = sum(_bytes(part) for part in stored.parts.values())
+            yield TensorInfo(name, stored.form.type_name, stored.shape, size)
+        else:
+            yield TensorInfo(name, stored.dtype, stored.shape, _bytes(stored))
+
+
+def _bytes(stored: Stored) -> int:
+    return math.prod(stored.shape) * _DTYPE_BYTES[stored.dtype]
 
 
 def _inspection(

@@ -1,4 +1,6 @@
-"""The PyTorch target: a model in, a smaller Hugging Face folder out, which transformers runs after `import a3q`."""
+"""The PyTorch target: a model in, a smaller Hugging Face folder out, which transformers runs after `import a3q`.
+
+Quantized ones go through GPTQModel, those of a family's own model type without a3q."""
 
 from __future__ import annotations
 
@@ -15,14 +17,18 @@ from a3q.components import Method
 from a3q.dimensions import folder_grid
 from a3q.errors import InputError, named
 from a3q.families import Component
-from a3q.model import pick_device
-from a3q.pipeline import Settings, provenance, run, timed
+from a3q.gptq_folder import FolderQuant, FolderRounding, stored_as
+from a3q.model import Model, pick_device
+from a3q.pipeline import Reduced, Settings, is_about_rounding, provenance, rounding_facts, run, timed
 from a3q.progress import Stages, share_of, silent
-from a3q.result import Result, mark, stem_of
-from a3q.verify import Verification, verify_folder
-from converters.hf_writer import check_output_folder, write_huggingface
+from a3q.result import Result, Rounding, mark, mean_losses, stem_of
+from a3q.verify import Verification, gptq_runs, verify_folder
+from converters.hf_plain import plain_config
+from converters.hf_writer import WrittenFolder, check_output_folder, write_huggingface
 from converters.open import open_model
 
+_ROUNDED = ("quantizer", "bits", "group_size")
+"""What the record says of the rounding."""
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 
 
@@ -30,7 +36,12 @@ def reduce_to_folder(
     model: str | Path | None = None,
     *,
     ratio: float = 0.25,
-    dtype: str = "bf16",
+    dtype: str | None = None,
+    quant: str | None = None,
+    format: str | None = None,
+    group_size: int = 128,
+    symmetric: bool = True,
+    quantizer: str | None = None,
     output: str | Path | None = None,
     components: Iterable[Component] | None = None,
     own_ratios: Mapping[Component, float] | None = None,
@@ -49,13 +60,21 @@ def reduce_to_folder(
 ) -> Result:
     """Reduce `model` by `ratio` and write a folder of `model_type` a3q with weights of `dtype` (bf16, f16 or f32).
 
+    With `quant` (2bit, 4bit or 8bit) the matrices of the layers are rounded and stored in `format` gptq, `group_size`
+    (128, 64 or 32) weights to a scale, `symmetric` about 0 or with zero points; `quantizer`: `gptq` or `rtn`, see
+    `a3q.gptq_folder.FolderQuant`. The folder is of the family's own model type where that can describe it. `dtype`,
+    f16 or bf16, is then of the other weights. Unless told it is f16 then, and else bf16.
+
     Options as those of `a3q.to_gguf.convert`, but every size may differ between layers and between keys and values, and
     with `frequencies` `per_head` every key head keeps RoPE frequencies of its own. `shared` keeps one list and one head
     size, which a GGUF can hold.
     """
-    dtype = dtype.lower()
+    request = FolderQuant.of(quant, format, group_size, symmetric, quantizer)
+    dtype = (dtype or ("bf16" if request is None else "f16")).lower()
     if dtype not in DTYPES:
         raise InputError(f"--dtype {dtype}: give {', '.join(DTYPES)}")
+    if request is not None and dtype == "f32":
+        raise InputError(f"--dtype {dtype}: GPTQ's kernels compute in 16 bits; give f16 or bf16")
     if frequencies not in ("per_head", "shared"):
         raise InputError(f"--frequencies {frequencies}: give per_head or shared")
     if method == "paper" and frequencies == "shared":
@@ -84,12 +103,17 @@ def reduce_to_folder(
             f"--frequencies shared: {original.source.path} has RoPE frequencies for each key head already; reduce the "
             "original model instead"
         )
-    folder = Path(output) if output is not None else Path(f"{stem_of(original)}{mark(settings.request().largest)}")
+    if request is not None:
+        request.check(original)
+    folder = Path(output) if output is not None else Path(_default_name(original, settings, request))
     check_output_folder(folder, force, original.source.path)
     # Only with one head size in all layers can all of them keep the same frequencies.
     grid = replace(folder_grid(original.config), one_head_size=frequencies == "shared")
     how = Method(method, frequencies)
-    reduced = run(original, settings, grid, how, verify_output, stages)
+    rounding = None if request is None else FolderRounding(original, request)
+    if request is not None:
+        grid = request.sizes(original.config, grid)
+    reduced = run(original, settings, grid, how, verify_output, stages, rounding)
 
     verification: Verification | None = None
 
@@ -100,13 +124,18 @@ def reduce_to_folder(
             return
         sequences = reduced.calibration.held_out
         work = 3 * original.config.num_hidden_layers + 1
-        with stages("verify in transformers", work) as advance, named(part, folder):
-            verification = verify_folder(part, original, reduced.model, DTYPES[dtype], sequences, torch_device, advance)
+        title = "verify" if request is not None and not gptq_runs() else "verify in transformers"
+        with stages(title, work) as advance, named(part, folder):
+            verification = verify_folder(
+                part, original, reduced.model, DTYPES[dtype], sequences, torch_device, advance, request is not None
+            )
 
     # A reduced model that is only rewritten keeps the record of its reduction.
     earlier = {key.removeprefix("a3q."): one.value for key, one in original.metadata.items() if key.startswith("a3q.")}
-    earlier.pop("quantization", None)
+    earlier = {key: value for key, value in earlier.items() if not is_about_rounding(key)}
     record = (earlier if reduced.plan.asked == 0 else {}) | provenance(reduced, settings, __version__)
+    if request is not None:
+        record |= {key: getattr(request, key) for key in _ROUNDED} | rounding_facts(reduced, settings)
     with ExitStack() as writing:
         advance = writing.enter_context(stages("write", 1.0))
         written = write_huggingface(
@@ -114,16 +143,45 @@ def reduce_to_folder(
             folder,
             dtype=DTYPES[dtype],
             reduction=record,
+            quantized=None if request is None else stored_as(reduced.reduction),
+            # Any loader of GPTQ folders knows the family's own.
+            plain=request is not None and plain_config(reduced.model) is not None,
             force=force,
             progress=share_of(advance),
             check=check if verify_output else None,
         )
+    notes = [] if rounding is None else rounding.notes
+    if verification is not None and verification.runtime == "a3q":
+        notes = [*notes, _why_not_tried(request is not None)]
     return Result(
         path=folder,
         job=reduced,
         written=written,
-        type_name=dtype.upper(),
+        type_name=dtype.upper() if request is None else request.type_name,
+        rounding=None if request is None else _rounding(request, reduced, written),
         verification=verification,
-        notes=(*reduced.notes, *written.notes),
+        notes=(*reduced.notes, *notes, *written.notes),
         seconds=seconds,
     )
+
+
+def _default_name(model: Model, settings: Settings, request: FolderQuant | None) -> str:
+    """Of a folder in the current one: the source's without its type, the ratio, and the new type."""
+    name = f"{stem_of(model)}{mark(settings.request().largest)}"
+    return name if request is None else f"{name}-{request.type_name.replace(' ', '-')}"
+
+
+def _rounding(request: FolderQuant, reduced: Reduced, written: WrittenFolder) -> Rounding:
+    size = sum(file.stat().st_size for file in written.weight_files)
+    losses = mean_losses(reduced.reduction.rounding_losses)
+    return Rounding(request.quantizer, 8 * size / written.parameters, losses)
+
+
+def _why_not_tried(gptq: bool) -> str:
+    """What keeps a folder from being tried in transformers."""
+    if gptq and not gptq_runs():
+        return (
+            "not tried in transformers, which runs GPTQ folders through gptqmodel and optimum; "
+            'pip install "a3q[gptq]" to check them there too'
+        )
+    return "too large for transformers to be tried here: twice its size in float32 must be free"

@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gguf.gguf_writer import GGUFValue
 
 from a3q.errors import InputError
 from a3q.families import Family
 from a3q.hf.fields import Description, read_description
 from a3q.hf.layout import Part, layer_parts, norm_offset, top_parts
 from a3q.model import Layer, LayerShape, Model, ModelConfig
-from converters.gguf_keys import as_keys
-from converters.hf_reader import Weights, folder_metadata, open_weights
+from a3q.solve.grid import Blocks
+from converters.gptq_config import read_form
+from converters.hf_reader import folder_metadata, record_of
+from converters.hf_weights import Weights, open_weights
 from converters.tensors import LazyLayers
 from converters.tokenizer import tokenizer_from_hf
 
@@ -28,8 +29,9 @@ def read_a3q_config(raw: Mapping[str, Any], path: Path) -> tuple[Family, ModelCo
 
 def open_a3q(folder: Path, raw: Mapping[str, Any], pre: str | None = None) -> Model:
     """Read a folder whose config.json is `raw`. InputError (one line, naming the file) for whatever cannot be used."""
-    description = read_description(raw, folder / "config.json")
-    family, config, weights = description.family, description.config, open_weights(folder)
+    path = folder / "config.json"
+    description = read_description(raw, path)
+    family, config, weights = description.family, description.config, open_weights(folder, read_form(raw, path))
     check_folder_tensors(description, weights, folder)
     top: Layer = {}
     for part in top_parts(family, description.top_roles):
@@ -48,22 +50,24 @@ def open_a3q(folder: Path, raw: Mapping[str, Any], pre: str | None = None) -> Mo
             w |= _weights(family, config, config.layers[i], part, weights)
         return w
 
+    def blocks(i: int) -> dict[str, Blocks]:
+        found: dict[str, Blocks] = {}
+        for part in layer_parts(family, description.layer_roles, i):
+            if (whole := weights.blocks(part.name)) is not None:
+                rows = [size[0] for size in part.shapes(config, config.layers[i])]
+                found |= {role.name: piece for role, piece in zip(part.roles, whole.split(rows), strict=True)}
+        return found
+
     return Model(
         family=family,
         config=config,
         top=top,
-        layers=LazyLayers(config.num_hidden_layers, layer),
+        layers=LazyLayers(config.num_hidden_layers, layer, blocks),
         layer_roles=description.layer_roles,
         tokenizer=tokenizer_from_hf(folder, config.vocab_size, pre),
-        metadata=folder_metadata(folder) | _record(raw),
+        metadata=folder_metadata(folder) | record_of(raw),
         source=weights.source(folder),
     )
-
-
-def _record(raw: Mapping[str, Any]) -> dict[str, GGUFValue]:
-    """What config.json says about the reduction, under the keys that a GGUF has for it."""
-    record = raw.get("reduction")
-    return as_keys({f"a3q.{key}": value for key, value in record.items()}) if isinstance(record, Mapping) else {}
 
 
 def check_folder_tensors(description: Description, weights: Weights, folder: Path) -> None:

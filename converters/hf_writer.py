@@ -6,38 +6,34 @@ import errno
 import json
 import os
 import shutil
-import struct
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from a3q.errors import InputError, VerifyError
 from a3q.hf import MODEL_TYPE
 from a3q.hf.fields import describe, read_description
-from a3q.hf.layout import Part, layer_parts, norm_offset, top_parts
-from a3q.model import Layer, Model
+from a3q.hf.layout import Part, layer_parts, top_parts
+from a3q.model import Model
 from converters import hf_tokenizer
+from converters.gptq_config import read_form
+from converters.hf_config import config_from_hf
+from converters.hf_entries import DTYPES, Plan, Progress, Quantized, dtype_name, make_plan, write_files
+from converters.hf_plain import plain_config, plain_parts
 from converters.model_card import model_card
-from converters.tensors import check_finite
 
-_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _SHARD_BYTES = 4 << 30
 _ROOM = 64 << 20
 """Free space asked for beside the tensors: configuration and tokenizer."""
-_INDEX = "model.safetensors.index.json"
 _KNOWN_SUFFIXES = (".safetensors", ".json", ".jinja", ".md", ".gitattributes")
 _KNOWN_NAMES = ("merges.txt", "vocab.txt", "tokenizer.model", "LICENSE", "LICENSE.txt", "NOTICE", "NOTICE.txt")
-
-Progress = Callable[[int, int], None]
-"""Called with the bytes written so far and the bytes in all."""
 
 
 @dataclass(frozen=True)
@@ -52,22 +48,6 @@ class WrittenFolder:
     weight_files: tuple[Path, ...]
     notes: tuple[str, ...]
     """What the user should know."""
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """One tensor to be written."""
-
-    part: Part
-    layer: int | None
-    shapes: tuple[tuple[int, ...], ...]
-    """Of the weights that it is made of."""
-    size: int
-    """Bytes."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return (sum(shape[0] for shape in self.shapes), *self.shapes[0][1:])
 
 
 def check_output_folder(folder: Path, force: bool = False, source: Path | None = None) -> None:
@@ -106,6 +86,9 @@ def write_huggingface(
     *,
     dtype: torch.dtype = torch.bfloat16,
     reduction: Mapping[str, Any] | None = None,
+    quantized: Quantized | None = None,
+    quantization: Mapping[str, Any] | None = None,
+    plain: bool = False,
     force: bool = False,
     progress: Progress | None = None,
     check: Callable[[Path], None] | None = None,
@@ -113,30 +96,38 @@ def write_huggingface(
 ) -> WrittenFolder:
     """Write `model` with weights of `dtype`; `reduction` is provenance in JSON. `folder` appears whole or not at all.
 
+    `quantized` is asked twice for the matrices to be stored in GPTQ's layout; `quantization` are further entries of
+    their `quantization_config`. Their kernels compute in float16 or bfloat16, so `dtype` must be one of the two; more
+    of them take float16. With `plain` the folder is of the family's own model type, where `plain_config` knows one.
+
     `check` sees the finished folder before it gets its name, which it does not where that raises.
     InputError: no room, a folder that may not be replaced, a weight that `dtype` cannot hold. VerifyError: the folder
     does not read back as what was meant.
     """
-    if dtype not in _DTYPES:
-        known = ", ".join(str(kind).removeprefix("torch.") for kind in _DTYPES)
-        raise InputError(f"dtype {dtype}: a folder's weights are {known}")
+    known = _DTYPES if quantized is None else _DTYPES[1:]
+    if dtype not in known:
+        raise InputError(f"dtype {dtype}: a folder's weights are {', '.join(map(dtype_name, known))}")
     check_output_folder(folder, force, model.source.path)
-    config = _config(model, describe(model.family, model.config, model.layer_roles, model.top, reduction), dtype)
-    shards = _plan(model, dtype, shard_bytes)
-    needed = sum(entry.size for entries in shards.values() for entry in entries) + _ROOM
+    fields = plain_config(model) if plain else describe(model.family, model.config, model.layer_roles, model.top)
+    if fields is None:
+        raise InputError(f"{folder}: no model type of its family can describe this model; write it as a3q")
+    plan = make_plan(model, _layout(model, plain), dtype, shard_bytes, quantized, quantization)
+    config = _config(model, fields, dtype, plain, reduction, plan.quantization)
+    needed = plan.size + _ROOM
     free = shutil.disk_usage(folder.parent).free
     if free < needed:
         raise InputError(f"{folder}: disk full: {needed:,} bytes are needed and {free:,} are free; make room")
     part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     try:
         part.mkdir()
-        _write_weights(part, model, shards, dtype, progress)
+        write_files(part, model, plan, dtype, quantized, progress)
         _write_json(part / "config.json", config)
         notes = hf_tokenizer.write_tokenizer(model, part)
         _write_generation_config(model, part, config)
         _copy_licenses(model, part)
-        (part / "README.md").write_text(model_card(model, folder.name, reduction), encoding="utf-8")
-        _check(part, config, shards, dtype)
+        card = model_card(model, folder.name, reduction, plain, plan.quantization is not None)
+        (part / "README.md").write_text(card, encoding="utf-8")
+        _check(part, config, plan, model)
         if check is not None:
             check(part)
         _give_name(part, folder)
@@ -150,104 +141,28 @@ def write_huggingface(
         folder,
         sum(file.stat().st_size for file in folder.iterdir()),
         model.parameters(),
-        _name(dtype),
-        tuple(folder / name for name in shards),
+        dtype_name(dtype),
+        tuple(folder / name for name in plan.files),
         tuple(notes),
     )
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _layout(model: Model, plain: bool) -> Callable[[int | None], list[Part]]:
+    """The tensors of a layer, or those outside the layers."""
+    family, roles, top = model.family, model.layer_roles, frozenset(model.top)
+    if plain:
+        return lambda i: plain_parts(family, roles, top, i)
+    return lambda i: top_parts(family, top) if i is None else list(layer_parts(family, roles, i))
 
 
-def _plan(model: Model, dtype: torch.dtype, shard_bytes: int) -> dict[str, list[_Entry]]:
-    """All tensors by file, in the order in which they are computed."""
-    config = model.config
-
-    def entry(part: Part, layer: int | None) -> _Entry:
-        shapes = tuple(part.shapes(config, config.layers[layer or 0]))
-        return _Entry(part, layer, shapes, dtype.itemsize * sum(map(prod, shapes)))
-
-    top = [entry(part, None) for part in top_parts(model.family, model.top)]
-    first = [entry for entry in top if entry.part.roles[0].name in ("embed", "positions")]
-    entries = [*first]
-    for i in range(config.num_hidden_layers):
-        entries += [entry(part, i) for part in layer_parts(model.family, model.layer_roles, i)]
-    entries += [entry for entry in top if entry not in first]
-    shards: list[list[_Entry]] = [[]]
-    for item in entries:
-        if shards[-1] and sum(other.size for other in shards[-1]) + item.size > shard_bytes:
-            shards.append([])
-        shards[-1].append(item)
-    if len(shards) == 1:
-        return {"model.safetensors": shards[0]}
-    return {f"model-{i + 1:05}-of-{len(shards):05}.safetensors": shard for i, shard in enumerate(shards)}
-
-
-def _write_weights(
-    part: Path, model: Model, shards: Mapping[str, list[_Entry]], dtype: torch.dtype, progress: Progress | None
-) -> None:
-    """One file after another, of each the header first, so that no more than one layer is in memory."""
-    total, done = sum(entry.size for entries in shards.values() for entry in entries), 0
-    weights = _weights(model, [entry for entries in shards.values() for entry in entries])
-    for name, entries in shards.items():
-        with (part / name).open("wb") as file:
-            _write_header(file, entries, dtype)
-            for entry in entries:
-                tensor = _encode(entry, next(weights), model, dtype)
-                file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
-                done += entry.size
-                if progress is not None:
-                    progress(done, total)
-            file.flush()
-            os.fsync(file.fileno())
-    if len(shards) > 1:
-        where = {entry.part.name: name for name, entries in shards.items() for entry in entries}
-        content = {"metadata": {"total_size": total, "total_parameters": model.parameters()}, "weight_map": where}
-        (part / _INDEX).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _write_header(file: BinaryIO, entries: list[_Entry], dtype: torch.dtype) -> None:
-    """Length and JSON of names, types, shapes and offsets: safetensors' own functions want all tensors at once."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for entry in entries:
-        start, end = end, end + entry.size
-        header[entry.part.name] = {"dtype": _DTYPES[dtype], "shape": entry.shape, "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    file.write(struct.pack("<Q", len(text)) + text)
-
-
-def _weights(model: Model, entries: list[_Entry]) -> Iterator[list[Tensor]]:
-    """The weights of each tensor; a layer is loaded once."""
-    layer: Layer = {}
-    loaded: int | None = None
-    for entry in entries:
-        if entry.layer is not None and loaded != entry.layer:
-            layer, loaded = model.layers[entry.layer], entry.layer
-        source = model.top if entry.layer is None else layer
-        yield [source[role.name] for role in entry.part.roles]
-
-
-def _encode(entry: _Entry, weights: list[Tensor], model: Model, dtype: torch.dtype) -> Tensor:
-    """The tensor as it is stored."""
-    parts, name = [], entry.part.name
-    for role, weight, shape in zip(entry.part.roles, weights, entry.shapes, strict=True):
-        if tuple(weight.shape) != shape:
-            raise VerifyError(f"{name}: the weight is {list(weight.shape)}, its configuration says {list(shape)}")
-        full = check_finite(weight.detach().to("cpu", torch.float32), name, model.source.path)
-        stored = (full - norm_offset(model.family, role.name)).to(dtype)
-        if not torch.isfinite(stored).all():
-            raise InputError(
-                f"{model.source.path}: tensor {name} holds {float(full.abs().max()):g}, too large for {_name(dtype)}; "
-                "write bfloat16 or float32"
-            )
-        parts.append(stored)
-    return torch.cat(parts) if len(parts) > 1 else parts[0]
-
-
-def _config(model: Model, fields: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+def _config(
+    model: Model,
+    fields: Mapping[str, Any],
+    dtype: torch.dtype,
+    plain: bool,
+    reduction: Mapping[str, Any] | None,
+    quantization: Mapping[str, Any] | None,
+) -> dict[str, Any]:
     """Content of config.json."""
     tokens: dict[str, Any] = {
         "bos_token_id": model.tokenizer.bos_id,
@@ -257,14 +172,11 @@ def _config(model: Model, fields: Mapping[str, Any], dtype: torch.dtype) -> dict
     if model.source.format == "huggingface":
         source = _read_json(model.source.path / "config.json")
         tokens = {key: source.get(key, value) for key, value in tokens.items()}
-    return {
-        "architectures": ["A3QForCausalLM"],
-        "model_type": MODEL_TYPE,
-        "dtype": _name(dtype),
-        **fields,
-        **tokens,
-        "use_cache": True,
-    }
+    own = {} if plain else {"architectures": ["A3QForCausalLM"], "model_type": MODEL_TYPE}
+    config = {**own, **fields, "dtype": dtype_name(dtype), **tokens, "use_cache": True}
+    if reduction is not None or not plain:
+        config["reduction"] = None if reduction is None else dict(reduction)
+    return config if quantization is None else {**config, "quantization_config": dict(quantization)}
 
 
 def _write_generation_config(model: Model, part: Path, config: Mapping[str, Any]) -> None:
@@ -298,23 +210,31 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 
 
-def _check(part: Path, config: Mapping[str, Any], shards: Mapping[str, list[_Entry]], dtype: torch.dtype) -> None:
+def _check(part: Path, config: Mapping[str, Any], plan: Plan, model: Model) -> None:
     """The folder read back says what was meant; VerifyError otherwise."""
     raw = _read_json(part / "config.json")
-    meant = Counter((name, entry.part.name, entry.shape) for name, entries in shards.items() for entry in entries)
-    found: Counter[tuple[str, str, tuple[int, ...]]] = Counter()
+    meant = Counter(
+        (file, one.name, DTYPES[one.dtype], one.shape)
+        for file, entries in plan.files.items()
+        for entry in entries
+        for one in entry.tensors
+    )
+    found: Counter[tuple[str, str, str, tuple[int, ...]]] = Counter()
     try:
-        same = read_description(raw, part) == read_description(config, part)
-        for name in shards:
+        if raw.get("model_type") == MODEL_TYPE:
+            same = read_description(raw, part) == read_description(config, part)
+        else:
+            same = config_from_hf(model.family, raw, part) == model.config
+        same = same and read_form(raw, part) == next((e.form for e in plan.entries if e.form is not None), None)
+        for name in plan.files:
             with safe_open(part / name, framework="pt") as file:
                 for tensor in file.keys():  # noqa: SIM118 - no mapping
                     view = file.get_slice(tensor)
-                    same = same and view.get_dtype() == _DTYPES[dtype]
-                    found[name, tensor, tuple(view.get_shape())] += 1
+                    found[name, tensor, view.get_dtype(), tuple(view.get_shape())] += 1
     except (InputError, SafetensorError) as error:
         raise VerifyError(f"the written folder does not read back as it was meant: {error}") from error
     if not same or meant != found:
-        wrong = sorted(name for _, name, _ in (meant - found) + (found - meant))
+        wrong = sorted(name for _, name, _, _ in (meant - found) + (found - meant))
         what = f"tensor {wrong[0]}" if wrong else "its configuration"
         raise VerifyError(f"the written folder does not read back as it was meant: {what} came out different")
 

@@ -11,11 +11,17 @@ from a3q.model import Model
 
 _REPOSITORY_KEYS = ("general.source.huggingface.repository", "general.source.repo_url", "general.repo_url")
 _REPOSITORY = re.compile(r"(?:https?://huggingface\.co/)?([\w.-]+/[\w.-]+)/?")
+_GPTQ = """
+Needs `pip install gptqmodel optimum`. GPTQModel reads the same checkpoints as auto-gptq, which is unmaintained and no
+longer works with current transformers.
+"""
 _CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)")
 
 
-def model_card(model: Model, name: str, reduction: Mapping[str, Any] | None) -> str:
-    """The file's text."""
+def model_card(
+    model: Model, name: str, reduction: Mapping[str, Any] | None, plain: bool = False, gptq: bool = False
+) -> str:
+    """The file's text. `plain`: of the family's own model type; `gptq`: matrices are quantized."""
     base, metadata = _repository(model), model.metadata
     head: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["a3q"]}
     if base is not None:
@@ -33,18 +39,23 @@ def model_card(model: Model, name: str, reduction: Mapping[str, Any] | None) -> 
     title = metadata["general.name"].value if "general.name" in metadata else model.source.path.name
     origin = f"[{base}](https://huggingface.co/{base})" if base is not None else f"`{title}`"
     details = "".join(f"- {key}: `{json.dumps(value)}`\n" for key, value in (reduction or {}).items())
+    made = [
+        *(["made smaller with [A3](https://arxiv.org/abs/2505.12942)"] if (reduction or {}).get("ratio") else []),
+        *(["quantized with [GPTQ](https://arxiv.org/abs/2210.17323)"] if gptq else []),
+    ]
+    how = f"{' and '.join(made) or 'written'} by a3q"
+    knows = "" if plain else "import a3q  # makes transformers know the model\n"
     license_line = f"\nThe license of the original holds: {head['license']}.\n" if "license" in head else ""
     return f"""---
 {front}
 ---
 # {name}
 
-{origin}, made smaller with [A3](https://arxiv.org/abs/2505.12942) by a3q: {model.parameters():,} parameters.
+{origin}, {how}: {model.parameters():,} parameters.
 
-{details}
+{details}{_GPTQ if gptq else ""}
 ```python
-import a3q  # makes transformers know the model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+{knows}from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("path/to/{name}", dtype="auto")
 tokenizer = AutoTokenizer.from_pretrained("path/to/{name}")

@@ -11,6 +11,7 @@ from torch import Tensor
 from a3q.errors import InputError
 from a3q.families import Family, Role
 from a3q.model import Layer, LayerShape, ModelConfig
+from a3q.solve.grid import Blocks
 
 Format = Literal["hf", "gguf"]
 
@@ -18,9 +19,12 @@ Format = Literal["hf", "gguf"]
 class LazyLayers(Sequence[Layer]):
     """Layers that are read from their file anew at every access, so that one at a time is in memory."""
 
-    def __init__(self, count: int, load: Callable[[int], Layer]) -> None:
+    def __init__(
+        self, count: int, load: Callable[[int], Layer], blocks: Callable[[int], dict[str, Blocks]] | None = None
+    ) -> None:
         self._count = count
         self._load = load
+        self._blocks = blocks
 
     def __len__(self) -> int:
         return self._count
@@ -33,6 +37,13 @@ class LazyLayers(Sequence[Layer]):
         if isinstance(index, slice):
             return [self._load(i) for i in range(self._count)[index]]
         return self._load(range(self._count)[index])
+
+    def blocks(self, index: int) -> dict[str, Blocks]:
+        """Weights of a layer that the file holds quantized, by role, on the grid where they are: the very same weights.
+
+        A quantized weight is absent where its layout is no grid's.
+        """
+        return {} if self._blocks is None else self._blocks(range(self._count)[index])
 
 
 def layer_names(family: Family, fmt: Format, i: int) -> Iterator[tuple[Role, str]]:

@@ -382,8 +382,8 @@ FAILURES: dict[str, tuple[str, Callable[[object], BaseException]]] = {
     "check cannot read it": ("a3q.to_folder.verify_folder", lambda folder: InputError(f"{folder}/config.json: is odd")),
     "check is interrupted": ("a3q.to_folder.verify_folder", lambda _: KeyboardInterrupt()),
     "check breaks": ("a3q.to_folder.verify_folder", lambda _: RuntimeError("a defect")),
-    "writer is interrupted": ("converters.hf_writer._write_weights", lambda _: KeyboardInterrupt()),
-    "writer has no disk": ("converters.hf_writer._write_weights", lambda _: OSError(28, "No space left on device")),
+    "writer is interrupted": ("converters.hf_writer.write_files", lambda _: KeyboardInterrupt()),
+    "writer has no disk": ("converters.hf_writer.write_files", lambda _: OSError(28, "No space left on device")),
     "reduction is interrupted": ("a3q.pipeline.reduce", lambda _: KeyboardInterrupt()),
 }
 
