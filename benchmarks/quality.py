@@ -187,7 +187,7 @@ def main() -> None:
 
     bench = Bench(args)
     model, device = bench.model, bench.device
-    free, gguf = folder_grid(model.config), gguf_grid(model.family, BLOCK)
+    free, gguf = folder_grid(model.config), gguf_grid(model.family, model.config, BLOCK)
     start = time.perf_counter()
     original = bench.add("original", 0.0, 0.0, lambda ids: perplexity(model, ids, device), start)
     if args.tasks:
