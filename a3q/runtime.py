@@ -56,7 +56,7 @@ def version() -> str:
     return package if native is None else f"{package} (llama.cpp {native().decode()})"
 
 
-def _usable_cores() -> int:
+def usable_cores() -> int:
     """Cores that this process may use; only Linux knows of a limit."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -111,7 +111,7 @@ class LlamaRuntime:
             raise InputError(f"llama.cpp is not installed here ({error}); run: pip install 'a3q[verify]'") from error
         self.path, self.n_ctx = path, n_ctx
         try:
-            self._open(n_threads or _usable_cores())
+            self._open(n_threads or usable_cores())
         except BaseException:
             self.close()
             raise

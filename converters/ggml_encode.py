@@ -6,7 +6,6 @@ The package is optional, and its Python modules are not imported: loading them t
 from __future__ import annotations
 
 import ctypes
-import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -18,6 +17,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from numpy.typing import NDArray
 
 from a3q.errors import InputError
+from a3q.runtime import usable_cores
 
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
@@ -66,7 +66,7 @@ def encode(weight: Floats, kind: GGMLQuantizationType, importance: Floats | None
     weight = np.ascontiguousarray(weight, dtype=np.float32)
     columns = None if importance is None else _guarded(importance, n)
     data = np.empty((rows, n // block * size), dtype=np.uint8)
-    workers = _usable_cores()
+    workers = usable_cores()
     step = -(-rows // (workers * _CHUNKS_PER_WORKER)) or 1
 
     def run(first: int) -> None:
@@ -117,11 +117,6 @@ def _guarded(importance: Floats, n: int) -> Floats:
     floored = np.maximum(importance.astype(np.float64), mean * _LEAST_SHARE)
     scaled: Floats = np.ldexp(floored, -np.frexp(mean)[1]).astype(np.float32)
     return scaled
-
-
-def _usable_cores() -> int:
-    """Cores that this process may use; only Linux knows of a limit."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @cache

@@ -75,10 +75,10 @@ def test_weights_of_no_importance_are_kept(
 def test_rows_do_not_depend_on_their_chunk(
     weight: NDArray[np.float32], importance: NDArray[np.float32], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ggml_encode, "_usable_cores", lambda: 1)
+    monkeypatch.setattr(ggml_encode, "usable_cores", lambda: 1)
     monkeypatch.setattr(ggml_encode, "_CHUNKS_PER_WORKER", 1)
     whole = encode(weight, Kind.Q4_K, importance)
-    monkeypatch.setattr(ggml_encode, "_usable_cores", lambda: 4)
+    monkeypatch.setattr(ggml_encode, "usable_cores", lambda: 4)
     np.testing.assert_array_equal(encode(weight, Kind.Q4_K, importance), whole)
     np.testing.assert_array_equal(encode(weight[::-1], Kind.Q4_K, importance), whole[::-1])
     np.testing.assert_array_equal(encode(weight[4:5], Kind.Q4_K, importance), whole[4:5])
