@@ -18,7 +18,7 @@ from a3q.model import Layer, LayerShape, Model, ModelConfig
 
 Observer = Callable[[str, Tensor], None]
 """Receives `q`, `k` before RoPE (`[B, heads, T, qk_head_dim]`), `v` and `o` (`[B, heads, T, v_head_dim]`) and `m` (`[B,
-T, F]`)."""
+T, F]`); of a whole block also what attention and MLP read, `attn_in` and `mlp_in` (`[B, T, hidden]`)."""
 
 BATCH_BYTES = 256 * 2**20
 """Activation bytes that one batch of sequences may take inside a layer."""
@@ -176,10 +176,14 @@ def block(
     observe: Observer | None = None,
 ) -> Tensor:
     """One decoder layer, `[B, T, hidden]` to the same shape. A cache may hold earlier positions only when T is 1."""
-    attended = attention(config, shape, w, norm(config, w, "attn_norm", x), observe, cache)
-    y = x + norm(config, w, "attn_post_norm", attended)
-    inner = mlp(config, w, norm(config, w, "mlp_norm", x if config.parallel_residual else y), observe)
-    return y + norm(config, w, "mlp_post_norm", inner)
+    read = norm(config, w, "attn_norm", x)
+    if observe is not None:
+        observe("attn_in", read)
+    y = x + norm(config, w, "attn_post_norm", attention(config, shape, w, read, observe, cache))
+    read = norm(config, w, "mlp_norm", x if config.parallel_residual else y)
+    if observe is not None:
+        observe("mlp_in", read)
+    return y + norm(config, w, "mlp_post_norm", mlp(config, w, read, observe))
 
 
 def embed(model: Model, tokens: Tensor, start: int = 0) -> Tensor:

@@ -110,7 +110,7 @@ class TypeSettler:
         if self.reducing:
             return
         if self.request.limit is None:
-            self._types(self.original, None)
+            _ = self._unreduced_types
             return
         target = target_for(self.original)
         overhead = 0 if self.request.limit.size is None else self.overhead(self.original)
@@ -125,7 +125,7 @@ class TypeSettler:
             return False
         if self.request.limit is not None:
             return True
-        kinds = self._types(self.original, None).kinds.values()
+        kinds = self._unreduced_types.kinds.values()
         bits = [grid.bits for kind in kinds if (grid := _grid(kind)) is not None]
         if self.request.quantizer is None:
             return any(one < _PRECISE for one in bits)
@@ -139,7 +139,10 @@ class TypeSettler:
     def __call__(self, config: ModelConfig, calibrated: Calibrated | None) -> Quantization | None:
         """Settle for the dimensions of `config`."""
         model = replace(self.original, config=config)
-        types = self._types(model, calibrated)
+        if calibrated is None and config == self.original.config:
+            types = self._unreduced_types
+        else:
+            types = self._types(model, calibrated)
         tensors = entries(model, target_for(model))
         quantizer = self.request.quantizer or "gptq"
         if self.repacked:
@@ -150,6 +153,11 @@ class TypeSettler:
         found = None if quantizer == "plain" else self._quantization(types, tensors, model, quantizer)
         self.settled = Settled(types, tensors, quantizer, found)
         return found
+
+    @cached_property
+    def _unreduced_types(self) -> Types:
+        """Without a limit, and for the dimensions as they were read."""
+        return self._types(self.original, None)
 
     def _types(self, model: Model, calibrated: Calibrated | None) -> Types:
         target = target_for(model)
@@ -187,7 +195,7 @@ class TypeSettler:
 
         From a GGUF these are the types that were asked for, from a GPTQ checkpoint any with as many bits.
         """
-        wanted = self._types(self.original, None).kinds
+        wanted = self._unreduced_types.kinds
         bits = _grid(self.request.plan.matrix)
         found: dict[str, GGMLQuantizationType] = {}
         layer = _by_layer(self.original)
@@ -211,22 +219,20 @@ class TypeSettler:
     def packed(self, reduction: Reduction) -> Callable[[int | None, str], NDArray[uint8] | None]:
         """What `write_gguf` takes of the rounded weights."""
 
-        layer = _by_layer(self.original) if self.repacked else _by_layer(reduction)
+        taken_over = _by_layer(self.original) if self.repacked else None
 
         def of(i: int | None, role: str) -> NDArray[uint8] | None:
-            blocks = (reduction.top if i is None else layer(i)).get(role)
+            blocks = reduction.blocks(i, role) if taken_over is None or i is None else taken_over(i).get(role)
             return None if blocks is None else pack(blocks)
 
         return of
 
 
-def _by_layer(source: Model | Reduction) -> Callable[[int], dict[str, Blocks]]:
-    """The weights of a layer that are on a GGUF grid, by role, whether rounded here or by the source's maker."""
+def _by_layer(source: Model) -> Callable[[int], dict[str, Blocks]]:
+    """The weights of a layer that its maker left on a GGUF grid, by role."""
 
     @lru_cache(maxsize=1)
     def layer(i: int) -> dict[str, Blocks]:
-        if isinstance(source, Reduction):
-            return {} if source.layers is None else source.layers.blocks(i)
         if not isinstance(source.layers, LazyLayers):
             return {}
         found = {role: _in_gguf(blocks) for role, blocks in source.layers.blocks(i).items()}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from math import gcd, lcm
 
 from a3q.dimensions import Grid as Sizes
@@ -13,11 +12,9 @@ from a3q.hf.layout import Part, layer_parts
 from a3q.model import Model, ModelConfig
 from a3q.pipeline import Calibrated
 from a3q.quantize import Quantization
-from a3q.reduce import Reduction
 from a3q.solve.gptq import nearest
-from a3q.solve.grid import Blocks, Grid
+from a3q.solve.grid import Grid
 from converters.gptq import ALIGNED, BITS, Form, fits, gptq_grid
-from converters.hf_entries import Quantized
 
 GROUP_SIZES = (128, 64, 32)
 QUANTIZERS = ("gptq", "rtn")
@@ -138,16 +135,6 @@ class FolderRounding:
             for part in layer_parts(self.model.family, self.model.layer_roles, i):
                 if len(size := part.shape(config, shape)) == 2:
                     yield i, part, size[0], size[1]
-
-
-def stored_as(reduction: Reduction) -> Quantized:
-    """The rounded weights of the layers, as `write_huggingface` takes them."""
-
-    @lru_cache(maxsize=1)
-    def layer(i: int) -> dict[str, Blocks]:
-        return {} if reduction.layers is None else reduction.layers.blocks(i)
-
-    return lambda i, role: layer(i).get(role)
 
 
 def _why(rows: int, n: int, grid: Grid) -> str:

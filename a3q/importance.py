@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from a3q.errors import InputError
-from a3q.forward import attention, batches, embed, mlp, norm, to_device
+from a3q.forward import batches, block, embed, norm, to_device
 from a3q.model import Layer, LayerShape, Model, ModelConfig
 
-_READERS = {"attn": ("q", "k", "v"), "attended": ("o",), "mlp": ("gate", "up"), "units": ("down",)}
-"""Which matrices read the same inputs."""
+_READERS = {"attn_in": ("q", "k", "v"), "o": ("o",), "mlp_in": ("gate", "up"), "m": ("down",)}
+"""Which matrices read what an observer of the forward pass sees."""
 
 
 @dataclass(frozen=True)
@@ -61,21 +61,13 @@ def _through_layer(
     """Sums of squares of a layer's inputs on hidden states `x` `[B, T, hidden]`, which move on through it."""
     sums: dict[str, Tensor] = {}
 
-    def add(name: str, inputs: Tensor) -> None:
-        sums[name] = sums.get(name, 0.0) + _squares(inputs)
+    def observe(name: str, inputs: Tensor) -> None:
+        if name in _READERS:
+            rows = inputs.transpose(1, 2).flatten(2) if name == "o" else inputs
+            sums[name] = sums.get(name, 0.0) + _squares(rows)
 
     for part in batches(config, x.shape[0], x.shape[1]):
-        entry = x[part].to(device)
-        seen: dict[str, Tensor] = {}
-        normed = norm(config, w, "attn_norm", entry)
-        add("attn", normed)
-        y = entry + norm(config, w, "attn_post_norm", attention(config, shape, w, normed, seen.__setitem__))
-        add("attended", seen["o"].transpose(1, 2).flatten(2))
-        normed = norm(config, w, "mlp_norm", entry if config.parallel_residual else y)
-        add("mlp", normed)
-        y = y + norm(config, w, "mlp_post_norm", mlp(config, w, normed, seen.__setitem__))
-        add("units", seen["m"])
-        x[part] = y.to(x.device)
+        x[part] = block(config, shape, w, x[part].to(device), observe=observe).to(x.device)
     return sums
 
 

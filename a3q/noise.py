@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -17,15 +18,14 @@ from torch import Tensor
 
 from a3q.forward import embed, norm, run_layer, to_device
 from a3q.model import Model
+from a3q.perplexity import mean_divergences
+from a3q.solve.gptq import nearest
 from a3q.solve.grid import Grid
-from a3q.solve.scales import levels, search
 
 NOISE = 0.005
 """Relative squared size of the noise; what 4 bits make."""
 _DRAWS = 4
 """Draws of noise for embedding and output, the largest matrices; one draw's cost of them is a third off at times."""
-_ROWS = 512
-"""Positions whose logits are held at a time."""
 
 
 @dataclass(frozen=True)
@@ -128,27 +128,14 @@ def _divergences(
             return F.linear(hidden, model.output)
         return F.linear(hidden, disturb(model.output, noise, _draw(seed, branch.draw)))
 
-    positions = len(probe) * (probe.shape[1] - half)
-    totals = torch.zeros(len(branches), dtype=torch.float64)
-    for start in range(0, positions, _ROWS):
-        rows = slice(start, start + _ROWS)
-        log_p = logits(_Branch(probe), rows).log_softmax(-1)
-        p = log_p.exp()
-        for i, branch in enumerate(branches):
-            # Both from one function, whose error in float32 is nearly the same for both. A dot product `p · z` is not
-            # exact enough in their place: over 49152 tokens it was off by more than the KL.
-            totals[i] += float((p * (log_p - logits(branch, rows).log_softmax(-1))).sum(-1).double().sum())
-    return (totals / positions).clamp_min(0).tolist()
+    others = [partial(logits, branch) for branch in branches]
+    return mean_divergences(partial(logits, _Branch(probe)), others, len(probe) * (probe.shape[1] - half))
 
 
 def rounding_error(weight: Tensor, grid: Grid) -> float:
     """Relative squared error of `weight` `[rows, n]` rounded to `grid`, n a multiple of its block."""
-    x = weight.float().reshape(-1, grid.block).T.contiguous()
-    scales = search(grid, x, torch.ones(grid.block, device=x.device))
-    left = torch.zeros((), dtype=torch.float64, device=x.device)
-    for s, part in enumerate(x.view(-1, grid.sub, x.shape[1])):
-        step, base = scales.of(grid, s)
-        value = step * levels(grid, part, step, base)
-        left += (part - (value if base is None else value - base)).square().sum(dtype=torch.float64)
+    # Blocks are independent: as rows of one block each, they are rounded all at once.
+    x = weight.float().reshape(-1, grid.block)
+    left = x - nearest(x, grid, torch.ones(grid.block, device=x.device)).dequantize()
     energy = float(x.square().sum(dtype=torch.float64))
-    return float(left) / energy if energy > 0 else 0.0
+    return float(left.square().sum(dtype=torch.float64)) / energy if energy > 0 else 0.0

@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -67,6 +67,37 @@ class Settings:
     device: str = "auto"
     memory_budget: int | None = None
     """Bytes that reduced layers may take before they wait on disk; half of the free memory unless told."""
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        ratio: float = 0.25,
+        components: Iterable[Component] | None = None,
+        own_ratios: Mapping[Component, float] | None = None,
+        ranks: str | None = None,
+        method: str = "a3q",
+        calib: str | Sequence[str] = SELF,
+        calib_tokens: int | None = None,
+        seed: int = 0,
+        device: str = "auto",
+        memory_budget: int | None = None,
+    ) -> Settings:
+        """From what a caller of `a3q.convert` and the like may give; InputError for a value out of range."""
+        settings = cls(
+            ratio,
+            None if components is None else frozenset(components),
+            own_ratios or {},
+            ranks,
+            method,
+            [calib] if isinstance(calib, str) else list(calib),
+            calib_tokens,
+            seed,
+            device,
+            memory_budget,
+        )
+        settings.check()
+        return settings
 
     def request(self) -> Request:
         """The reduction that is asked for."""

@@ -288,12 +288,13 @@ def _fit_mlp(
     inputs, fit = InputMoments(hidden, device), OutputFit(shape.intermediate_size, hidden, device)
     outputs = torch.empty_like(reduced.x)
     for part in batches(reference.config, B, T):
-        inputs.add(reduced.mlp_input(w, part))
         reference.add(part, w, "mlp_post_norm", reference.mlp(w, part))
         seen: dict[str, Tensor] = {}
         local = reduced.mlp(w, part, seen.__setitem__)
         wanted = target_of(reference, reduced, part, w, "mlp_post_norm", local)
-        outputs[part] = wanted.to(outputs.device)
+        if rounding.grids:
+            inputs.add(reduced.mlp_input(w, part))
+            outputs[part] = wanted.to(outputs.device)
         fit.add(seen["m"].flatten(0, 1), wanted.flatten(0, 1))
     kept, lost = None, 0.0
     if target.intermediate_size < shape.intermediate_size:

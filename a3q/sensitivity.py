@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -27,13 +28,12 @@ from a3q.forward import (
     to_device,
 )
 from a3q.model import Layer, LayerShape, Model, ModelConfig
+from a3q.perplexity import mean_divergences
 from a3q.solve.mlp import mlp_losses
 from a3q.statistics import AttentionStatistics, Moment
 
 Sizes = Mapping[Component, Sequence[int]]
 """Possible inner sizes of each component that may shrink, ascending; the last is the original's."""
-_ROWS = 512
-"""Positions whose logits are held at a time."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class _Moments:
         """Take in what a batch's attention or MLP shows."""
         if name == "m":
             self.mlp.add(x.flatten(0, 1))
-        else:
+        elif name in ("q", "k", "v", "o"):
             self.attention(name, x)
 
 
@@ -170,18 +170,11 @@ def _divergences(model: Model, probe: Tensor, branches: Tensor, device: torch.de
     """Mean KL (nats) of each branch, `S` sequences in turn, from `probe` `[S, T, hidden]`; over the second half."""
     half = probe.shape[1] // 2
     model = replace(model, top=to_device(model.top, device))
-    count = len(branches) // max(1, len(probe))
 
-    def logs(x: Tensor, rows: slice) -> Tensor:
+    def logits(x: Tensor, rows: slice) -> Tensor:
         hidden = norm(model.config, model.top, "final_norm", x[:, half:].flatten(0, 1)[rows].to(device))
-        return output_logits(model, hidden, device).log_softmax(-1)
+        return output_logits(model, hidden, device)
 
-    positions = len(probe) * (probe.shape[1] - half)
-    totals = torch.zeros(count, dtype=torch.float64)
-    for start in range(0, positions, _ROWS):
-        rows = slice(start, start + _ROWS)
-        log_p = logs(probe, rows)
-        p = log_p.exp()
-        for i in range(count):
-            totals[i] += float((p * (log_p - logs(branches[i * len(probe) : (i + 1) * len(probe)], rows))).sum())
-    return (totals / positions).clamp_min(0).tolist()
+    size = max(1, len(probe))
+    others = [partial(logits, branches[start : start + size]) for start in range(0, len(branches), size)]
+    return mean_divergences(partial(logits, probe), others, len(probe) * (probe.shape[1] - half))

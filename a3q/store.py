@@ -25,6 +25,7 @@ class LayerStore(Sequence[Layer]):
         self._grids: list[dict[str, Grid]] = []
         self._left = memory_budget
         self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._rounded: tuple[int, dict[str, Blocks]] | None = None
 
     def append(self, layer: Layer, blocks: Mapping[str, Blocks] | None = None) -> None:
         """Keep `layer`, in memory while the budget lasts; `blocks` stand in for the weights under their roles."""
@@ -45,8 +46,10 @@ class LayerStore(Sequence[Layer]):
         self._kept.append(path)
 
     def blocks(self, index: int) -> dict[str, Blocks]:
-        """The rounded weights of a layer by role."""
-        return self._blocks(index, self._load(index))
+        """The rounded weights of a layer by role; those of the last layer are held, since they are asked for singly."""
+        if self._rounded is None or self._rounded[0] != index:
+            self._rounded = index, self._blocks(index, self._load(index))
+        return self._rounded[1]
 
     def __len__(self) -> int:
         return len(self._kept)

@@ -17,7 +17,7 @@ from a3q.components import Method
 from a3q.dimensions import folder_grid
 from a3q.errors import InputError, named
 from a3q.families import Component
-from a3q.gptq_folder import FolderQuant, FolderRounding, stored_as
+from a3q.gptq_folder import FolderQuant, FolderRounding
 from a3q.model import Model, pick_device
 from a3q.pipeline import Reduced, Settings, is_about_rounding, provenance, rounding_facts, run, timed
 from a3q.progress import Stages, share_of, silent
@@ -79,19 +79,18 @@ def reduce_to_folder(
         raise InputError(f"--frequencies {frequencies}: give per_head or shared")
     if method == "paper" and frequencies == "shared":
         raise InputError("--frequencies shared: the paper's method selects them for each head; leave the option out")
-    settings = Settings(
-        ratio,
-        None if components is None else frozenset(components),
-        own_ratios or {},
-        ranks,
-        method,
-        [calib] if isinstance(calib, str) else list(calib),
-        calib_tokens,
-        seed,
-        device,
-        memory_budget,
+    settings = Settings.of(
+        ratio=ratio,
+        components=components,
+        own_ratios=own_ratios,
+        ranks=ranks,
+        method=method,
+        calib=calib,
+        calib_tokens=calib_tokens,
+        seed=seed,
+        device=device,
+        memory_budget=memory_budget,
     )
-    settings.check()
     torch_device = pick_device(device)
     if output is not None:
         check_output_folder(Path(output), force)
@@ -143,7 +142,7 @@ def reduce_to_folder(
             folder,
             dtype=DTYPES[dtype],
             reduction=record,
-            quantized=None if request is None else stored_as(reduced.reduction),
+            quantized=None if request is None else reduced.reduction.blocks,
             # Any loader of GPTQ folders knows the family's own.
             plain=request is not None and plain_config(reduced.model) is not None,
             force=force,

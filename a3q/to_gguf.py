@@ -71,19 +71,18 @@ def convert(
     plan = resolve_quant(quant).with_overrides(output_tensor_type, token_embedding_type)
     request = TypeRequest(plan, quantizer, strict, _limit(bits, size))
     request.check()
-    settings = Settings(
-        ratio,
-        None if components is None else frozenset(components),
-        own_ratios or {},
-        ranks,
-        method,
-        [calib] if isinstance(calib, str) else list(calib),
-        calib_tokens,
-        seed,
-        device,
-        memory_budget,
+    settings = Settings.of(
+        ratio=ratio,
+        components=components,
+        own_ratios=own_ratios,
+        ranks=ranks,
+        method=method,
+        calib=calib,
+        calib_tokens=calib_tokens,
+        seed=seed,
+        device=device,
+        memory_budget=memory_budget,
     )
-    settings.check()
     torch_device = pick_device(device)
     if output is not None:
         check_output(Path(output), force)

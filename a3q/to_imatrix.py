@@ -49,15 +49,13 @@ def write_imatrix_for(
     Options as those of `a3q.to_gguf.convert`. The tensors are named as in the GGUF that a3q writes of the model.
     InputError for what cannot be used.
     """
-    sources = [calib] if isinstance(calib, str) else list(calib)
-    settings = Settings(calib=sources, calib_tokens=calib_tokens, seed=seed, device=device)
-    settings.check()
+    settings = Settings.of(calib=calib, calib_tokens=calib_tokens, seed=seed, device=device)
     torch_device, path = pick_device(device), Path(output)
     check_output(path, force)
     original = open_model(model, pre)
     check_runtime(original)
     size = windows(original, torch_device, calib_tokens)
-    calibration = calibrate(original, sources, size, seed, torch_device, stages)
+    calibration = calibrate(original, settings.calib, size, seed, torch_device, stages)
     with stages("measure importances", original.config.num_hidden_layers) as advance:
         importance = measure(original, calibration.tokens, torch_device, lambda: advance(1))
     tensors = write_imatrix(path, original, importance, calibration.source, force=force)

@@ -176,9 +176,7 @@ def _blocks(model: Model, part: Part, layer: int | None, quantized: Quantized | 
             f"{part.name}: GPTQ has no matrix of {rows} by {n} in {blocks[0].grid.name} with groups of "
             f"{blocks[0].grid.block}: its kernels want whole groups and multiples of {gptq.ALIGNED}; leave it plain"
         )
-    mins = [one.mins for one in blocks if one.mins is not None]
-    codes, d = torch.cat([one.codes for one in blocks]), torch.cat([one.d for one in blocks])
-    return Blocks(blocks[0].grid, codes, d, None, None, torch.cat(mins) if mins else None)
+    return Blocks.joined(blocks)
 
 
 def _files(entries: list[Entry], shard_bytes: int) -> dict[str, list[Entry]]:

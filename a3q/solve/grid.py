@@ -43,6 +43,11 @@ class Grid:
     """`base` is `step` times a whole number from 0 to the highest code, kept in `Blocks.mins`, with no `m`."""
 
     @property
+    def shifted(self) -> bool:
+        """Whether levels need not lie about 0."""
+        return self.has_base or self.zero
+
+    @property
     def lowest(self) -> int:
         """The lowest level."""
         return self.levels[0] if self.levels else self.spare - self.offset

@@ -58,9 +58,20 @@ class Scales:
         return step, self.m if self.mins is None else self.m * self.mins[s]
 
 
+def _inverse(x: Tensor) -> Tensor:
+    """1 / x, and 0 where x is 0."""
+    return torch.where(x == 0, 0.0, x.reciprocal())
+
+
+def _ratio(a: Tensor, b: Tensor) -> Tensor:
+    """a / b, and 0 where b is 0."""
+    nothing = b == 0
+    return torch.where(nothing, 0.0, a / torch.where(nothing, 1.0, b))
+
+
 def levels(grid: Grid, x: Tensor, step: Tensor, base: Tensor | None) -> Tensor:
     """Nearest levels of weights `x` for steps and bases that broadcast to it; level 0 where the step is 0."""
-    inverse = torch.where(step == 0, 0.0, 1.0 / step)
+    inverse = _inverse(step)
     scaled = (x if base is None else x + base) * inverse
     if grid.levels is None:
         return scaled.round_().clamp_(grid.lowest, grid.highest)
@@ -72,7 +83,7 @@ class Rounding:
 
     def __init__(self, grid: Grid, step: Tensor, base: Tensor | None) -> None:
         self._grid, self._step, self._base = grid, step, base
-        self._inverse = torch.where(step == 0, 0.0, step.reciprocal())
+        self._inverse = _inverse(step)
         self._shift = None if base is None else base * self._inverse
 
     def __call__(self, x: Tensor, level: Tensor, value: Tensor) -> None:
@@ -140,7 +151,7 @@ def _free(grid: Grid, x: Tensor, weight: Tensor, again: bool = False) -> tuple[T
     step, base = torch.zeros_like(best), torch.zeros_like(best)
     wx = weight * x
     for start, offset in _starts(grid, x, again):
-        level = levels(grid, x, start[:, None], offset[:, None] if grid.has_base or grid.zero else None)
+        level = levels(grid, x, start[:, None], offset[:, None] if grid.shifted else None)
         s, b, gain = _fit(grid, x, weight, wx, level)
         better = gain > best
         best, step, base = (torch.where(better, new, old) for new, old in ((gain, best), (s, step), (b, base)))
@@ -151,17 +162,17 @@ def _starts(grid: Grid, x: Tensor, again: bool) -> list[tuple[Tensor, Tensor]]:
     """Starting steps and bases `[S, R]`."""
     low, high = x.amin(1), x.amax(1)
     found = []
-    first, last = _ASYMMETRIC if grid.has_base or grid.zero else _SYMMETRIC
+    first, last = _ASYMMETRIC if grid.shifted else _SYMMETRIC
     count = _AGAIN if again else _STARTS
     width = _WIDE if grid.bits == 2 else 0.5 ** (max(0, grid.bits - _FEW) + (again and grid.bits > _FEWER))
     first, last = 1 - width * (1 - first), 1 + width * (last - 1)
-    if grid.has_base or grid.zero:
+    if grid.shifted:
         if grid.zero or grid.mins is not None:
             low = low.clamp_max(0)
         if grid.zero:
             high = high.clamp_min(0)
         for f in torch.linspace(first, last, count).tolist():
-            found.append(((high - low) / (grid.highest * 1.0) * f, -low * (f if f < 1 else 1.0)))
+            found.append(((high - low) / grid.highest * f, -low * (f if f < 1 else 1.0)))
         return found
     extreme = torch.where(high > -low, high, low)
     # The levels reach one further down than up, so that the extreme weight may go to either end.
@@ -175,10 +186,9 @@ def _fit(grid: Grid, x: Tensor, weight: Tensor, wx: Tensor, level: Tensor) -> tu
     """For given levels: best step and base `[S, R]`, and by how much the weighted error is less than with all 0."""
     wl = weight * level
     ll, xl = (wl * level).sum(1), (wx * level).sum(1)
-    positive = ll > 0
-    plain = torch.where(positive, xl / torch.where(positive, ll, 1.0), 0.0)
+    plain = _ratio(xl, ll)
     gain = plain * xl
-    if not (grid.has_base or grid.zero):
+    if not (grid.shifted):
         return plain, torch.zeros_like(plain), gain
     w, sl, sx = weight.sum(1).expand_as(ll), wl.sum(1), wx.sum(1)
     determinant = w * ll - sl * sl
@@ -223,7 +233,7 @@ def _whole_zero(grid: Grid, x: Tensor, weight: Tensor, step: Tensor, base: Tenso
     best = torch.full_like(step, torch.inf)
     chosen = Scales(step, None, None, torch.zeros_like(step)[None])
     top = float(grid.highest)
-    ideal = torch.where(step == 0, 0.0, base / torch.where(step == 0, 1.0, step))
+    ideal = _ratio(base, step)
     for shift in (-1.0, 0.0, 1.0):
         zero = (ideal + shift).round().clamp(0, top)
         s = step
@@ -268,10 +278,10 @@ def _integers(grid: Grid, x: Tensor, weight: Tensor, step: Tensor, base: Tensor,
     """The integer scales and minima of all sub-blocks for given half floats, near the free steps and bases."""
     assert grid.scales is not None
     low, high = grid.scales
-    ideal = torch.where(d == 0, 0.0, step / torch.where(d == 0, 1.0, d))
+    ideal = _ratio(step, d)
     best = torch.full_like(step, torch.inf)
     scale, least = torch.zeros_like(step), torch.zeros_like(step)
-    usable = None if m is None else torch.where(m == 0, 0.0, 1.0 / torch.where(m == 0, 1.0, m))
+    usable = None if m is None else _inverse(m)
     total = weight.sum(1)
     for f in _NEAR:
         whole = (ideal * f).round().clamp(low, high)

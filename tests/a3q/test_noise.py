@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from a3q import cache, noise
+from a3q import cache, noise, perplexity
 from a3q.forward import hidden_states, output_logits
 from a3q.model import Layer, Model
 from a3q.noise import NOISE, Costs, disturb, matrices_of, measure, rounding_error
@@ -94,7 +94,7 @@ def test_the_same_again_in_pieces_and_with_another_seed(llama: Model, monkeypatc
     first = measure(llama, PROBES, CPU, False)
     assert measure(llama, PROBES, CPU, False) == first
     assert measure(llama, PROBES, CPU, False, seed=1) != first
-    monkeypatch.setattr(noise, "_ROWS", 7)
+    monkeypatch.setattr(perplexity, "_ROWS", 7)
     pieces = measure(llama, PROBES, CPU, False)
     assert [list(one.values()) for one in pieces.layers] == [
         pytest.approx(list(one.values()), rel=1e-3) for one in first.layers
