@@ -1,4 +1,4 @@
-"""`Model` → GGUF file: streamed layer by layer, checked by reading it back, and only then given its name."""
+"""`Model` → GGUF in one file or several: streamed layer by layer, checked by reading it back, then given its name."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from a3q.families import Role
 from a3q.model import Layer, Model, ModelConfig
 from a3q.solve.gptq import nearest
 from a3q.solve.grid import GRIDS
-from converters import ggml_encode, rope
+from converters import ggml_encode, gguf_split, rope
 from converters.assignment import Types, assign
 from converters.entries import Entry, entries
 from converters.ggml_pack import pack
@@ -59,24 +59,43 @@ class WrittenFile:
     """What was written."""
 
     path: Path
+    """The only file, or the first of several, which is the one to load."""
     size: int
-    """Bytes."""
+    """Bytes of all files."""
     tensor_types: Mapping[str, int]
     """GGML type name → number of parameters stored in it."""
     notes: tuple[str, ...]
     """Where a tensor has another type than was asked for."""
-    sha256: str
+    files: tuple[Path, ...]
+    sha256: tuple[str, ...]
+    """Of each of `files`."""
 
 
-def check_output(path: Path, force: bool = False) -> None:
-    """InputError when `path` cannot become the output: no such folder, no right to write, or it exists already."""
+@dataclass(frozen=True)
+class _Part:
+    """One file to be written."""
+
+    name: str
+    tensors: Sequence[Entry]
+    metadata: Mapping[str, GGUFValue]
+
+
+def check_output(path: Path, force: bool = False, split: bool = False) -> None:
+    """InputError when `path` cannot become the output: no such folder, no right to write, or it exists already.
+
+    With `split` it is its shards, of whatever number, that must not exist.
+    """
     if path.is_dir():
         raise InputError(f"{path}: is a folder; give the name of a file in it")
     if not path.parent.is_dir():
         raise InputError(f"{path}: its folder does not exist; create {path.parent} first")
     if not os.access(path.parent, os.W_OK):
         raise InputError(f"{path}: its folder cannot be written to")
-    if path.exists() and not force:
+    if force:
+        return
+    if split and (old := gguf_split.existing(path)):
+        raise InputError(f"{old[0]}: exists already; use --force to replace it and the files that belong to it")
+    if not split and path.exists():
         raise InputError(f"{path}: exists already; use --force to replace it")
 
 
@@ -90,8 +109,12 @@ def write_gguf(
     progress: Progress | None = None,
     types: Types | None = None,
     packed: Packed | None = None,
+    split_max_size: int | None = None,
 ) -> WrittenFile:
     """Write `model` as `plan` says. `path` is replaced at the end or not touched at all.
+
+    `split_max_size`: bytes of tensors in a file; then `path` OUT.gguf stands for OUT-00001-of-0000N.gguf and so on,
+    also where one file is enough, and all shards that it had before are replaced.
 
     `types`: of every tensor, as `assign` settled them; settled here, without measuring, unless given. `packed`: where
     weights were encoded before; a tensor is written from it if it has all of the tensor's roles.
@@ -99,12 +122,15 @@ def write_gguf(
     InputError: what llama.cpp cannot hold (see `check_runtime`), no room, a folder that is not there, a weight that the
     type cannot hold. VerifyError: the file does not read back as what was meant.
     """
+    if split_max_size is not None:
+        gguf_split.check_limit(split_max_size)
     target = target_for(model)
     check_output(path, force=True)
     tensors = entries(model, target)
     if types is None:
         types = assign(plan, tensors, model.config, target.tied)
-    needed = sum(_padded(entry.bytes(types.kinds[entry.name])) for entry in tensors) + _HEADER_ROOM
+    room = {entry.name: padded(entry.bytes(types.kinds[entry.name])) for entry in tensors}
+    needed = sum(room.values()) + _HEADER_ROOM
     free = shutil.disk_usage(path.parent).free
     if free < needed:
         raise InputError(f"{path}: disk full: {needed:,} bytes are needed and {free:,} are free; make room")
@@ -112,57 +138,81 @@ def write_gguf(
         name = path.stem
     weights = sum(entry.weights for entry in tensors)
     metadata = _metadata(model, target, plan, name, weights) | dict(provenance or {})
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    if split_max_size is None:
+        parts = [_Part(path.name, tensors, metadata)]
+    else:
+        parts = _split(path, gguf_split.plan(tensors, room, split_max_size), metadata)
     try:
-        _write(part, model, target, tensors, types, packed, metadata, progress)
-        _check(check_gguf(part), model, target, tensors, types)
-        digest = _sync_and_hash(part)
-        part.replace(path)
+        # A folder, so that the parts have their final names, by which they find each other.
+        with tempfile.TemporaryDirectory(
+            prefix=f".{path.name}.", suffix=".part", dir=path.parent, ignore_cleanup_errors=True
+        ) as folder:
+            drafts = [Path(folder) / part.name for part in parts]
+            _write(drafts, parts, model, target, types, packed, progress)
+            _check(check_gguf(drafts[0]), model, target, tensors, types)
+            digests = tuple(_sync_and_hash(draft) for draft in drafts)
+            if split_max_size is None:
+                files: tuple[Path, ...] = (drafts[0].replace(path),)
+            else:
+                files = gguf_split.place(drafts, path)
     except OSError as error:
         # numpy reports a full disk as an OSError without a number.
         if error.errno in (errno.ENOSPC, errno.EDQUOT, None):
             raise InputError(f"{path}: disk full: {needed:,} bytes are needed; make room") from error
         raise InputError(f"{path}: cannot be written: {error.strerror}") from error
-    finally:
-        part.unlink(missing_ok=True)
     totals: Counter[str] = Counter()
     for entry in tensors:
         totals[types.kinds[entry.name].name] += entry.weights
     notes = types.notes
     if model.config.tie_word_embeddings and not target.tied:
         notes += (f"output: llama.cpp's {target.architecture} needs one of its own; the embedding is stored twice",)
-    return WrittenFile(path, path.stat().st_size, dict(totals), notes, digest)
+    return WrittenFile(files[0], sum(file.stat().st_size for file in files), dict(totals), notes, files, digests)
 
 
-def _padded(size: int) -> int:
+def padded(size: int) -> int:
+    """Bytes that a tensor of this size takes in a file."""
     alignment = int(GGUF_DEFAULT_ALIGNMENT)
     return -(-size // alignment) * alignment
 
 
+def _split(path: Path, shards: Sequence[Sequence[Entry]], metadata: Mapping[str, GGUFValue]) -> list[_Part]:
+    """The shards as files; the first carries all metadata."""
+    count, total = len(shards), sum(map(len, shards))
+    return [
+        _Part(name, shard, {**(metadata if i == 0 else {}), **gguf_split.keys(i, count, total)})
+        for i, (name, shard) in enumerate(zip(gguf_split.names(path, count), shards, strict=True))
+    ]
+
+
 def _write(
-    part: Path,
+    drafts: Sequence[Path],
+    parts: Sequence[_Part],
     model: Model,
     target: Target,
-    tensors: list[Entry],
     types: Types,
     packed: Packed | None,
-    metadata: Mapping[str, GGUFValue],
     progress: Progress | None,
 ) -> None:
-    """Header, then one tensor after another; one layer is in memory at a time."""
+    """Of one file after another the header, then one tensor after another; one layer is in memory at a time."""
+    tensors = [entry for part in parts for entry in part.tensors]
     sizes = {entry.name: entry.bytes(types.kinds[entry.name]) for entry in tensors}
     total, done = sum(sizes.values()), 0
-    writer = gguf.GGUFWriter(part, target.architecture)
-    try:
-        _write_header(writer, tensors, types.kinds, metadata)
-        for entry, data in _contents(model, target, tensors, types, packed):
-            writer.write_tensor_data(data)
-            done += sizes[entry.name]
-            if progress is not None:
-                progress(done, total)
-        writer.flush()
-    finally:
-        writer.close()
+    contents = _contents(model, target, tensors, types, packed)
+    for draft, part in zip(drafts, parts, strict=True):
+        writer = gguf.GGUFWriter(draft, target.architecture)
+        try:
+            if part is not parts[0]:
+                # The architecture, which the writer has put there by itself, is metadata of the first file too.
+                writer.kv_data[0].clear()
+            _write_header(writer, part.tensors, types.kinds, part.metadata)
+            for entry, data in islice(contents, len(part.tensors)):
+                writer.write_tensor_data(data)
+                done += sizes[entry.name]
+                if progress is not None:
+                    progress(done, total)
+            writer.flush()
+        finally:
+            writer.close()
 
 
 def _write_header(
@@ -181,8 +231,8 @@ def _write_header(
     writer.write_ti_data_to_file()
 
 
-def header_size(model: Model) -> int:
-    """Bytes of a file of `model` before its first tensor, with room for what is said about its making."""
+def header_size(model: Model, room: int = _PROVENANCE_ROOM) -> int:
+    """Bytes of a file of `model` before its first tensor, with `room` for what is said about its making."""
     target = target_for(model)
     tensors = entries(model, target)
     metadata = _metadata(model, target, QuantPlan("f32"), model.source.path.stem, 0)
@@ -193,7 +243,7 @@ def header_size(model: Model) -> int:
             _write_header(writer, tensors, {entry.name: _T.F32 for entry in tensors}, metadata)
         finally:
             writer.close()
-        return part.stat().st_size + _PROVENANCE_ROOM
+        return part.stat().st_size + room
 
 
 def _contents(

@@ -80,7 +80,8 @@ def test_round_trip(request: pytest.FixtureRequest, tmp_path: Path, which: str, 
     assert back.metadata["a3q.source"].value == "here"
     found, meant = ({k: (v.type, v.value) for k, v in m.tokenizer.metadata.items()} for m in (back, model))
     assert found == meant
-    assert written.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert (written.path, written.files) == (path, (path,))
+    assert written.sha256 == (hashlib.sha256(path.read_bytes()).hexdigest(),)
     assert written.size == path.stat().st_size
     assert written.tensor_types == back.source.tensor_types
     assert not written.notes
