@@ -3,53 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from a3q.model import LayerShape, Model, ModelConfig
+from a3q.footprint import CACHE_BLOCK, CACHE_TYPES, Footprint, TensorInfo, TypeTotal, Use, element_bytes, footprint
+from a3q.footprint_table import comparison
+from a3q.model import LayerShape, ModelConfig
+from a3q.units import span
 from converters import rope
-from converters.gguf_reader import ROPE_FACTORS, GGUFHeader, check_gguf
-from converters.gptq_config import read_form
-from converters.hf_reader import open_huggingface
-from converters.hf_weights import Stored, StoredLinear, open_weights, read_json
-
-CACHE_BLOCK = 32
-"""Values of a head that a quantized cache stores together; the head size must be a multiple of it."""
-
-_DTYPE_BYTES = {"F32": 4, "I32": 4, "F16": 2, "BF16": 2}
-_FLASH_CUDA = (40, 64, 72, 80, 96, 112, 128, 256)
-_FLASH_METAL = (*_FLASH_CUDA, 32, 48, 192)
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """One stored tensor; shape in Hugging Face order, with whole blocks for quantized types."""
-
-    name: str
-    type: str
-    shape: tuple[int, ...]
-    bytes: int
-
-    @property
-    def parameters(self) -> int:
-        """Number of weights."""
-        return math.prod(self.shape)
-
-
-@dataclass(frozen=True)
-class TypeTotal:
-    """All tensors of one type."""
-
-    type: str
-    tensors: int
-    parameters: int
-    bytes: int
+from converters.gguf_reader import ROPE_FACTORS
+from converters.headers import open_header
 
 
 @dataclass(frozen=True)
@@ -97,90 +66,31 @@ class Inspection:
     """Of the stored weights, metadata not counted."""
     kv_bytes_per_token: dict[str, float]
     """Cache type → bytes for one token in all layers; quantized types only where llama.cpp can start with them."""
-    flash_attention: tuple[str, ...]
-    """Backends of llama.cpp whose flash attention takes the head sizes of every layer."""
+    footprint: Footprint
+    """What it takes to run."""
     provenance: dict[str, str]
     """What a3q noted in the file, by key without `a3q.`."""
 
-    @property
-    def quantized_cache(self) -> bool:
-        """Whether llama.cpp can start with a quantized cache."""
-        return all(size % CACHE_BLOCK == 0 for size in (*self.qk_head_dim, *self.v_head_dim))
 
+def inspect_file(path: Path, context: int | None = None, cache_type: str = "f16", parallel: int = 1) -> Inspection:
+    """Inspect a GGUF, a Hugging Face folder or a config.json, to be run with so many tokens of context.
 
-def inspect_file(path: Path) -> Inspection:
-    """Inspect a GGUF or a Hugging Face folder; InputError when it is not a model that a3q can read."""
-    return _from_folder(open_huggingface(path)) if path.is_dir() else _from_gguf(check_gguf(path))
-
-
-def _from_gguf(header: GGUFHeader) -> Inspection:
-    tensors = tuple(
-        TensorInfo(
-            name=name,
-            type=tensor.tensor_type.name,
-            shape=tuple(int(size) for size in reversed(tensor.shape)),
-            bytes=int(tensor.n_bytes),
-        )
-        for name, tensor in header.tensors.items()
-    )
-    return _inspection(
-        path=header.path,
-        source_format="gguf",
-        architecture=header.architecture,
-        config=header.config,
-        fields={key: field.value for key, field in header.fields.items()},
-        tensors=tensors,
-        files=header.files,
-    )
-
-
-def _from_folder(model: Model) -> Inspection:
-    return _inspection(
-        path=model.source.path,
-        source_format=model.source.format,
-        architecture=model.family.name,
-        config=model.config,
-        fields={key: field.value for key, field in model.metadata.items()},
-        tensors=tuple(_stored_tensors(model.source.path)),
-        files=model.source.weight_files,
-    )
-
-
-def _stored_tensors(folder: Path) -> Iterable[TensorInfo]:
-    """Tensors of a folder, which `open_huggingface` has checked; the four of a GPTQ matrix are one."""
-    config = folder / "config.json"
-    for name, stored in open_weights(folder, read_form(read_json(config), config)).tensors.items():
-        if isinstance(stored, StoredLinear):
-            size = sum(_bytes(part) for part in stored.parts.values())
-            yield TensorInfo(name, stored.form.type_name, stored.shape, size)
-        else:
-            yield TensorInfo(name, stored.dtype, stored.shape, _bytes(stored))
-
-
-def _bytes(stored: Stored) -> int:
-    return math.prod(stored.shape) * _DTYPE_BYTES[stored.dtype]
-
-
-def _inspection(
-    *,
-    path: Path,
-    source_format: str,
-    architecture: str,
-    config: ModelConfig,
-    fields: Mapping[str, object],
-    tensors: tuple[TensorInfo, ...],
-    files: Iterable[Path],
-) -> Inspection:
+    `context`: all it was trained for, unless told. InputError when it is not a model that a3q can read.
+    """
+    header = open_header(path)
+    model, tensors = header.model, header.tensors
+    config, layers = model.config, model.config.layers
+    use = Use(config.max_position_embeddings if context is None else context, cache_type, parallel)
+    use.check()
+    name = header.fields.get("general.name")
     parameters = sum(tensor.parameters for tensor in tensors)
     weight_bytes = sum(tensor.bytes for tensor in tensors)
-    layers = config.layers
-    head_sizes = {size for shape in layers for size in (shape.qk_head_dim, shape.v_head_dim)}
-    name = fields.get("general.name")
+    found = footprint(model.family, config, tensors, header.file_bytes, parameters, use)
     return Inspection(
         path=str(path),
-        format=source_format,
-        architecture=architecture,
-        name=None if name is None else str(name),
+        format=model.source.format,
+        architecture=header.architecture,
+        name=None if name is None else str(name.value),
         layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
         heads=config.num_attention_heads,
@@ -194,18 +104,20 @@ def _inspection(
         tied_output=config.tie_word_embeddings,
         rope=_rope(config, shared_list=any(tensor.name == ROPE_FACTORS for tensor in tensors)),
         tensors=tensors,
-        types=_totals(tensors),
+        types=found.types,
         parameters=parameters,
         weight_bytes=weight_bytes,
-        file_bytes=sum(file.stat().st_size for file in files),
+        file_bytes=header.file_bytes,
         bits_per_weight=8 * weight_bytes / parameters,
-        kv_bytes_per_token=_cache_bytes(config),
-        flash_attention=tuple(
-            backend
-            for backend in flash_attention_backends(max(head_sizes))
-            if all(backend in flash_attention_backends(size) for size in head_sizes)
-        ),
-        provenance={key.removeprefix("a3q."): str(value) for key, value in fields.items() if key.startswith("a3q.")},
+        kv_bytes_per_token={
+            kind: config.kv_bytes_per_token(element_bytes(kind))
+            for kind in CACHE_TYPES
+            if kind == "f16" or found.quantized_cache
+        },
+        footprint=found,
+        provenance={
+            key.removeprefix("a3q."): str(field.value) for key, field in header.fields.items() if key.startswith("a3q.")
+        },
     )
 
 
@@ -232,42 +144,16 @@ def _rope(config: ModelConfig, shared_list: bool) -> Rope | None:
     )
 
 
-def _totals(tensors: Iterable[TensorInfo]) -> tuple[TypeTotal, ...]:
-    groups: dict[str, list[TensorInfo]] = {}
-    for tensor in tensors:
-        groups.setdefault(tensor.type, []).append(tensor)
-    totals = [
-        TypeTotal(kind, len(group), sum(one.parameters for one in group), sum(one.bytes for one in group))
-        for kind, group in groups.items()
-    ]
-    return tuple(sorted(totals, key=lambda total: -total.bytes))
-
-
-def _cache_bytes(config: ModelConfig) -> dict[str, float]:
-    kinds = [GGMLQuantizationType.F16]
-    if all(size % CACHE_BLOCK == 0 for shape in config.layers for size in (shape.qk_head_dim, shape.v_head_dim)):
-        kinds += [GGMLQuantizationType.Q8_0, GGMLQuantizationType.Q4_0]
-    cost = {}
-    for kind in kinds:
-        values, size = GGML_QUANT_SIZES[kind]
-        cost[kind.name.lower()] = config.kv_bytes_per_token(size / values)
-    return cost
-
-
-def flash_attention_backends(head_dim: int) -> tuple[str, ...]:
-    """Backends of llama.cpp whose flash attention takes this size of key and value heads, as of late 2026."""
-    takes = {
-        "CPU": True,
-        "CUDA": head_dim in _FLASH_CUDA,
-        "Metal": head_dim in _FLASH_METAL,
-        "Vulkan": head_dim % 8 == 0,
-    }
-    return tuple(backend for backend, taken in takes.items() if taken)
+def facts(inspection: Inspection) -> dict[str, Any]:
+    """The same as plain values, sizes in bytes."""
+    found = asdict(inspection)
+    found["footprint"]["memory"] = inspection.footprint.memory
+    return found
 
 
 def render(inspection: Inspection, list_tensors: bool = False) -> RenderableType:
     """Tables for a terminal; `list_tensors` adds one row for each tensor."""
-    parts: list[RenderableType] = [_facts(inspection), "", _type_table(inspection)]
+    parts: list[RenderableType] = [_facts(inspection), "", comparison({"": inspection.footprint})]
     if inspection.provenance:
         provenance = _two_columns(inspection.provenance.items())
         parts += ["", "Made by a3q:", provenance]
@@ -279,8 +165,8 @@ def render(inspection: Inspection, list_tensors: bool = False) -> RenderableType
 def _facts(one: Inspection) -> Table:
     output = "tied to the embedding" if one.tied_output else "separate"
     cache = ", ".join(f"{kind} {_number(size)}" for kind, size in one.kv_bytes_per_token.items())
-    qk, v = _range(one.qk_head_dim), _range(one.v_head_dim)
-    if not one.quantized_cache:
+    qk, v = span(one.qk_head_dim), span(one.v_head_dim)
+    if not one.footprint.quantized_cache:
         odd = next(size for size in (*one.qk_head_dim, *one.v_head_dim) if size % CACHE_BLOCK)
         cache += f"; a quantized cache will not start (head size {odd} is no multiple of {CACHE_BLOCK})"
     size = f"size {qk}" if one.qk_head_dim == one.v_head_dim else f"size {qk} for queries and keys, {v} for values"
@@ -291,18 +177,17 @@ def _facts(one: Inspection) -> Table:
         "layers": str(one.layers),
         "hidden size": str(one.hidden_size),
         "heads": f"{one.heads} for queries, {one.kv_heads} for keys and values, of {size}",
-        "MLP size": _range(one.intermediate_size),
+        "MLP size": span(one.intermediate_size),
         "context": f"{one.context:,} tokens",
         "vocabulary": f"{one.vocab_size:,} tokens, output {output}",
         "RoPE": _rope_facts(one.rope),
         "parameters": f"{one.parameters:,} at {one.bits_per_weight:.2f} bits",
         "size": f"{one.file_bytes:,} bytes, of which {one.weight_bytes:,} are weights",
         "cache per token": f"{cache} (bytes)",
-        "flash attention": ", ".join(one.flash_attention),
     }
     windows = [window for window in one.sliding_window if window is not None]
     if windows:
-        rows["sliding window"] = f"{_range(windows)} tokens in {len(windows)} of {one.layers} layers"
+        rows["sliding window"] = f"{span(windows)} tokens in {len(windows)} of {one.layers} layers"
     return _two_columns(rows.items())
 
 
@@ -316,12 +201,6 @@ def _rope_facts(one: Rope | None) -> str:
     return ", ".join(facts)
 
 
-def _range(sizes: Sequence[int]) -> str:
-    """One number where all are the same."""
-    low, high = min(sizes), max(sizes)
-    return str(low) if low == high else f"{low} to {high}"
-
-
 def _number(size: float) -> str:
     return f"{size:,.0f}" if size == int(size) else f"{size:,.1f}"
 
@@ -332,16 +211,6 @@ def _two_columns(rows: Iterable[tuple[str, str]]) -> Table:
     table.add_column(overflow="fold")
     for key, value in rows:
         table.add_row(escape(key), escape(value))
-    return table
-
-
-def _type_table(one: Inspection) -> Table:
-    table = Table("type", "tensors", "parameters", "bytes", "bits each", box=None, pad_edge=False)
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for total in one.types:
-        bits = 8 * total.bytes / total.parameters
-        table.add_row(total.type, f"{total.tensors}", f"{total.parameters:,}", f"{total.bytes:,}", f"{bits:.2f}")
     return table
 
 

@@ -141,6 +141,8 @@ class Source:
     weight_files: tuple[Path, ...] = ()
     tensor_types: Mapping[str, int] = field(default_factory=dict)
     """GGML type name (or safetensors dtype) → number of parameters stored in it."""
+    stored: Mapping[str, str] = field(default_factory=dict)
+    """GGML type name of each tensor of a GGUF, by its name."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from a3q.solve.grid import Blocks
 from converters.gptq_config import read_form
 from converters.hf_reader import folder_metadata, record_of
 from converters.hf_weights import Weights, open_weights
-from converters.tensors import LazyLayers
+from converters.tensors import LazyLayers, shape_only
 from converters.tokenizer import tokenizer_from_hf
 
 
@@ -27,17 +27,24 @@ def read_a3q_config(raw: Mapping[str, Any], path: Path) -> tuple[Family, ModelCo
     return description.family, description.config
 
 
-def open_a3q(folder: Path, raw: Mapping[str, Any], pre: str | None = None) -> Model:
-    """Read a folder whose config.json is `raw`. InputError (one line, naming the file) for whatever cannot be used."""
+def open_a3q(folder: Path, raw: Mapping[str, Any], pre: str | None = None, read_weights: bool = True) -> Model:
+    """Read a folder whose config.json is `raw`. InputError (one line, naming the file) for whatever cannot be used.
+
+    Without `read_weights`, those outside the layers have a shape only.
+    """
     path = folder / "config.json"
     description = read_description(raw, path)
     family, config, weights = description.family, description.config, open_weights(folder, read_form(raw, path))
     check_folder_tensors(description, weights, folder)
     top: Layer = {}
     for part in top_parts(family, description.top_roles):
-        top |= _weights(family, config, config.layers[0], part, weights)
+        if read_weights:
+            top |= _weights(family, config, config.layers[0], part, weights)
+        else:
+            shapes = part.shapes(config, config.layers[0])
+            top |= {role.name: shape_only(shape) for role, shape in zip(part.roles, shapes, strict=True)}
     # Some tools store a tied weight twice.
-    twice = config.tie_word_embeddings and "lm_head.weight" in weights.tensors
+    twice = read_weights and config.tie_word_embeddings and "lm_head.weight" in weights.tensors
     if twice and not torch.equal(weights.read("lm_head.weight"), top["embed"]):
         raise InputError(
             f"{folder}: tie_word_embeddings is true in config.json, but lm_head.weight differs from the embedding; "

@@ -25,7 +25,7 @@ from converters.ggml_pack import unpack
 from converters.gguf_file import read_parts, reading
 from converters.gguf_graphs import GRAPHS, LOCAL_BASE, Graph, alibi_slopes, local_layers, query_scale
 from converters.gguf_keys import Keys
-from converters.tensors import LazyLayers, check_finite, check_tensors, layer_names, stored_roles
+from converters.tensors import LazyLayers, check_finite, check_tensors, layer_names, shape_only, stored_roles
 from converters.tokenizer import tokenizer_from_gguf
 
 ROPE_FACTORS = "rope_freqs.weight"
@@ -93,14 +93,22 @@ class GGUFHeader:
         config, shape = self.config, self.config.layers[i]
         found: dict[str, Blocks] = {}
         for name, roles in stored_roles(self.family, "gguf", i).items():
-            tensor = self.tensors.get(name)
-            grid = None if tensor is None else GRIDS.get(tensor.tensor_type.name.lower())
-            if tensor is None or grid is None:
+            if (whole := self._on_grid(name)) is None:
                 continue
-            whole = unpack(tensor.data, grid)
             for role, part in zip(roles, whole.split([r.expected_shape(config, shape)[0] for r in roles]), strict=True):
                 found[role.name] = part.rows(self._arranged(role, torch.arange(len(part.codes))))
         return found
+
+    def top_blocks(self) -> dict[str, Blocks]:
+        """The same of the weights outside the layers."""
+        found = {role.name: self._on_grid(role.gguf) for role in self.family.top}
+        return {role: blocks for role, blocks in found.items() if blocks is not None}
+
+    def _on_grid(self, name: str) -> Blocks | None:
+        """A stored tensor as it is; None where there is none on a grid."""
+        tensor = self.tensors.get(name)
+        grid = None if tensor is None else GRIDS.get(tensor.tensor_type.name.lower())
+        return None if tensor is None or grid is None else unpack(tensor.data, grid)
 
     def _arranged(self, role: Role, weight: Tensor) -> Tensor:
         if role.name == "q_norm":
@@ -122,20 +130,35 @@ def _dequantize(tensor: ReaderTensor) -> Tensor:
 
 def open_gguf(path: Path) -> Model:
     """Read a GGUF, or all parts of a split one. InputError (one line, naming the file) for whatever cannot be used."""
-    header = check_gguf(path)
-    family, tensors = header.family, header.tensors
+    return model_of(check_gguf(path))
+
+
+def model_of(header: GGUFHeader, weights: bool = True) -> Model:
+    """The model of a checked file; without `weights` those outside the layers have a shape only."""
+    family, tensors, path = header.family, header.tensors, header.path
     types: Counter[str] = Counter()
     for tensor in tensors.values():
         types[tensor.tensor_type.name] += int(tensor.n_elements)
     return Model(
         family=family,
         config=header.config,
-        top={role.name: header.weight(role.gguf) for role in family.top if role.gguf in tensors},
-        layers=LazyLayers(header.config.num_hidden_layers, header.layer, header.blocks),
+        top={
+            role.name: header.weight(role.gguf) if weights else shape_only(_shape(tensors[role.gguf]))
+            for role in family.top
+            if role.gguf in tensors
+        },
+        layers=LazyLayers(header.config.num_hidden_layers, header.layer, header.blocks, header.top_blocks),
         layer_roles=frozenset(role.name for role, name in layer_names(family, "gguf", 0) if name in tensors),
         tokenizer=tokenizer_from_gguf(header.fields, path),
         metadata=_carried(header),
-        source=Source(path, "gguf", sum(file.stat().st_size for file in header.files), header.files, dict(types)),
+        source=Source(
+            path,
+            "gguf",
+            sum(file.stat().st_size for file in header.files),
+            header.files,
+            dict(types),
+            {name: tensor.tensor_type.name for name, tensor in tensors.items()},
+        ),
     )
 
 

