@@ -10,15 +10,26 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
+from typing import TypedDict
 
 from torch import Tensor
 
 from a3q import __version__
 from a3q.components import Method
 from a3q.families import COMPONENTS, Component
-from a3q.model import Model, ModelConfig
+from a3q.model import Model, ModelConfig, Source
 from a3q.noise import NOISE, Costs, matrices_of
 from a3q.sensitivity import Sensitivity, Sizes
+from a3q.solve.qk import FAR
+
+_END = 1 << 20
+"""Bytes at either end of a weight file by which it is known again."""
+
+
+class _Entry(TypedDict):
+    file: str
+    ratio: float
+
 
 Sensitivities = list[dict[Component, Sensitivity]]
 
@@ -35,7 +46,7 @@ def cache_file(
     """Where the sensitivities of a model (the sha256 of its weights, and its form) on these tokens belong."""
     asked = [[one[c] for c in sorted(one)] for one in sizes]
     names = [sorted(one) for one in sizes]
-    return _file("sensitivity", digests, config, [asked, names, ratio, asdict(method)], (tokens, probes))
+    return _file("sensitivity", digests, config, [asked, names, ratio, asdict(method), FAR], (tokens, probes))
 
 
 def costs_file(digests: Sequence[str], config: ModelConfig, probes: Tensor, tied: bool) -> Path:
@@ -77,6 +88,53 @@ def _sensitivity(raw: dict[str, object]) -> Sensitivity:
 def save(path: Path, sensitivities: Sensitivities) -> None:
     """Keep them if the folder can be written; a cache is a convenience."""
     _write(path, [{c: asdict(one[c]) for c in one} for one in sensitivities])
+
+
+def remember(file: Path, source: Source, config: ModelConfig, ratio: float, method: Method) -> None:
+    """Note that `file` has the sensitivities of a model, so that `recall` finds it from headers alone."""
+    index = _index(source, config, method)
+    others = [entry for entry in _entries(index) if entry["file"] != file.name]
+    _write(index, [{"file": file.name, "ratio": ratio}, *others])
+
+
+def recall(source: Source, config: ModelConfig, ratio: float, method: Method) -> Sensitivities | None:
+    """What was measured last of a model, on whatever text, at the ratio nearest to this one; None: nothing.
+
+    A model is known by its form and by the beginning and the end of its files.
+    """
+    index = _index(source, config, method)
+    for entry in sorted(_entries(index), key=lambda entry: abs(entry["ratio"] - ratio)):
+        try:
+            raw = json.loads((index.parent.parent / "sensitivity" / entry["file"]).read_text("utf-8"))
+            found = [{c: _sensitivity(one[c]) for c in COMPONENTS if c in one} for one in raw]
+        except (OSError, ValueError, TypeError, KeyError):
+            continue
+        if len(found) == config.num_hidden_layers:
+            return found
+    return None
+
+
+def _index(source: Source, config: ModelConfig, method: Method) -> Path:
+    ends = [part for path in source.weight_files for part in _ends(path)]
+    return _file("known", ends, config, [asdict(method), FAR], ())
+
+
+def _ends(path: Path) -> tuple[str, str, str]:
+    """Size of a file, and digests of its first and last bytes: the header is in the first."""
+    with path.open("rb") as file:
+        first = file.read(_END)
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - _END))
+        last = file.read(_END)
+    return str(size), hashlib.sha256(first).hexdigest(), hashlib.sha256(last).hexdigest()
+
+
+def _entries(index: Path) -> list[_Entry]:
+    try:
+        raw = json.loads(index.read_text("utf-8"))
+        return [{"file": Path(str(one["file"])).name, "ratio": float(one["ratio"])} for one in raw]
+    except (OSError, ValueError, TypeError, KeyError):
+        return []
 
 
 def load_costs(path: Path, model: Model, tied: bool) -> Costs | None:

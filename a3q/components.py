@@ -90,7 +90,7 @@ def reduce_qk(
     C_q, C_k = statistics.q.mean(), statistics.k.mean()
     kept, rest = _kept_dimensions(shape, C_q, C_k, r, method)
     if config.qk_norm is None:
-        solution = _solve_qk(shape, C_q, C_k, statistics, kept, rest, method)
+        solution = _solve_qk(config, shape, C_q, C_k, statistics, kept, rest, method)
         # Scores are divided by sqrt(r), the model was trained with sqrt(d).
         rescale = math.sqrt(r / shape.qk_head_dim)
         for side, mix, heads in (
@@ -117,7 +117,7 @@ def qk_loss(config: ModelConfig, shape: LayerShape, statistics: AttentionStatist
     kept, rest = _kept_dimensions(shape, C_q, C_k, r, method)
     if config.qk_norm is not None:
         return _selection_loss(C_q, C_k, kept)
-    return _solve_qk(shape, C_q, C_k, statistics, kept, rest, method).loss
+    return _solve_qk(config, shape, C_q, C_k, statistics, kept, rest, method).loss
 
 
 def _kept_dimensions(shape: LayerShape, C_q: Tensor, C_k: Tensor, r: int, method: Method) -> tuple[Tensor, int]:
@@ -132,6 +132,7 @@ def _kept_dimensions(shape: LayerShape, C_q: Tensor, C_k: Tensor, r: int, method
 
 
 def _solve_qk(
+    config: ModelConfig,
     shape: LayerShape,
     C_q: Tensor,
     C_k: Tensor,
@@ -146,7 +147,9 @@ def _solve_qk(
         frequencies = torch.tensor(shape.frequencies, dtype=torch.float64, device=C_q.device)
         rotated_q, rotated_k = C_q[:, :turned, :turned], C_k[:, :turned, :turned]
         sweeps = SWEEPS if method.fitted else 0
-        parts.append(solve_pairs(rotated_q, rotated_k, statistics.distances(), frequencies, kept, sweeps))
+        reach = min(config.max_position_embeddings, shape.sliding_window or config.max_position_embeddings)
+        distances = statistics.distances()
+        parts.append(solve_pairs(rotated_q, rotated_k, distances, frequencies, kept, sweeps, reach))
     if turned < shape.qk_head_dim:
         parts.append(solve_plain(C_q[:, turned:, turned:], C_k[:, turned:, turned:], rest))
     if len(parts) == 1:

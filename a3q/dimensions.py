@@ -8,12 +8,14 @@ from dataclasses import dataclass, field, replace
 from a3q.allocate import Curve, allocate
 from a3q.errors import InputError
 from a3q.families import COMPONENTS, Component, Family
+from a3q.footprint import CACHE_BLOCK
 from a3q.model import LayerShape, ModelConfig
 from a3q.reduce import Dimensions
 from a3q.sensitivity import Sensitivity
 
 ALL: frozenset[Component] = frozenset(COMPONENTS)
-_HEADS: frozenset[Component] = frozenset(("QK", "OV"))
+HEADS: frozenset[Component] = frozenset(("QK", "OV"))
+"""Those whose sizes the KV cache has."""
 SMALLEST = 0.25
 """Share of a size that mixed ranks leave at least, or half of the asked one: predictions far from what was measured
 are worth little."""
@@ -45,13 +47,26 @@ class Request:
     ratio: float
     components: frozenset[Component] = ALL
     own: Mapping[Component, float] = field(default_factory=dict)
+    kv: float | None = None
+    """Share of the KV cache, which is that of the parameters of QK and OV, that is to go; None: they share `ratio`."""
 
     def groups(self) -> list[tuple[frozenset[Component], float]]:
         """Components that share a budget, and the share of their parameters that goes; nothing where nothing goes."""
         joint = self.components - self.own.keys()
-        groups = [(joint, self.ratio)] if joint else []
+        heads = joint & HEADS if self.kv is not None else frozenset[Component]()
+        groups = [(joint - heads, self.ratio)] if joint - heads else []
+        groups += [(heads, self.kv)] if heads and self.kv is not None else []
         groups += [(frozenset((component,)), ratio) for component, ratio in self.own.items()]
         return [(members, ratio) for members, ratio in groups if ratio > 0]
+
+    def share_of(self, component: Component) -> float:
+        """Share of a component's parameters that is asked to go, alone or with others."""
+        return next((ratio for members, ratio in self.groups() if component in members), 0.0)
+
+    @property
+    def cache_only(self) -> bool:
+        """Whether the KV cache is to shrink and nothing else: all other weights stay as they are."""
+        return self.kv is not None and "MLP" not in self.reduced
 
     @property
     def largest(self) -> float:
@@ -76,24 +91,30 @@ class Grid:
     """The output projection's rows must be a multiple of it."""
     unit_block: int = 1
     """The down projection's rows must be a multiple of it."""
+    cache_block: int = 1
+    """Head sizes must be a multiple of it, the present one too if there is any other."""
+    head_size: int | None = None
+    """The only size of heads, if it is possible."""
     one_head_size: bool = False
     """Query, key and value heads of all layers have one size."""
     mixed_units: bool = True
     """MLP sizes may differ between layers."""
 
     def sizes(self, config: ModelConfig, shape: LayerShape, component: Component) -> tuple[int, ...]:
-        """Possible sizes of a component, ascending; the last is the present one."""
+        """Possible sizes of a component, ascending; the last is the present one, if that is possible."""
         if component == "MLP":
             step = max(self.unit_step, self.unit_block)
             return *range(step, shape.intermediate_size, step), shape.intermediate_size
         size = size_of(shape, component)
         heads = config.num_attention_heads
-        smaller = [r for r in range(self.head_step, size, self.head_step) if heads * r % self.block == 0]
-        return *smaller, size
+        steps = range(self.head_step, size, self.head_step)
+        smaller = [r for r in steps if heads * r % self.block == 0 and r % self.cache_block == 0]
+        possible = *smaller, *([size] if size % self.cache_block == 0 or not smaller else [])
+        return (self.head_size,) if self.head_size in possible else possible
 
 
-def gguf_grid(family: Family, config: ModelConfig, block: int) -> Grid:
-    """What stock llama.cpp can hold, with most tensors in blocks of `block` weights a row.
+def gguf_grid(family: Family, config: ModelConfig, block: int, cache_type: str = "f16") -> Grid:
+    """What stock llama.cpp can hold, with most tensors in blocks of `block` weights a row, and start with such a cache.
 
     Super-blocks bind the sizes only where all tensors can be in them and enough sizes are left; otherwise the rows that
     do not fit take a type with blocks of 32.
@@ -106,9 +127,9 @@ def gguf_grid(family: Family, config: ModelConfig, block: int) -> Grid:
         fine = config.hidden_size % block == 0
         heads = block if fine and config.num_attention_heads * HEAD_STEP % block == 0 else UNIT_STEP
         units = block if fine and config.widest.intermediate_size >= FEWEST_SIZES * block else UNIT_STEP
-    return Grid(
-        form.reduces, HEAD_STEP, UNIT_STEP, heads, units, one_head_size=True, mixed_units=form.mixed is not None
-    )
+    cache = 1 if cache_type == "f16" else CACHE_BLOCK
+    mixed = form.mixed is not None
+    return Grid(form.reduces, HEAD_STEP, UNIT_STEP, heads, units, cache, one_head_size=True, mixed_units=mixed)
 
 
 def folder_grid(config: ModelConfig) -> Grid:
@@ -120,6 +141,15 @@ def folder_grid(config: ModelConfig) -> Grid:
 def size_of(shape: LayerShape, component: Component) -> int:
     """Present size of a component."""
     return {"QK": shape.qk_head_dim, "OV": shape.v_head_dim, "MLP": shape.intermediate_size}[component]
+
+
+def all_sizes(
+    config: ModelConfig, grid: Grid, components: Iterable[Component]
+) -> list[dict[Component, tuple[int, ...]]]:
+    """Of each layer, the sizes at which its components are measured, which serve all types of weights and cache."""
+    every = Grid(grid.components, grid.head_step, grid.unit_step)
+    wanted = [c for c in COMPONENTS if c in set(components)]
+    return [{c: every.sizes(config, shape, c) for c in wanted} for shape in config.layers]
 
 
 @dataclass(frozen=True)
@@ -179,16 +209,17 @@ def unreduced(family: Family, config: ModelConfig, request: Request) -> Plan:
 def settle(request: Request, grid: Grid, family: Family, explicit: bool) -> tuple[Request, str | None]:
     """What of `request` the output can hold, with a note about the rest; InputError where it was named (`explicit`)."""
     impossible = request.reduced - grid.components
-    if impossible and (explicit or impossible & request.own.keys() or not grid.components):
+    named = impossible & (request.own.keys() | (HEADS if request.kv is not None else frozenset()))
+    if impossible and (explicit or named or not grid.components):
         names = " and ".join(sorted(impossible)).lower()
         raise InputError(
-            f"--components, --ratio-…: stock llama.cpp cannot hold {names} of {family.name} reduced; "
+            f"--components, --ratio-…, --kv-ratio: stock llama.cpp cannot hold {names} of {family.name} reduced; "
             + ("take --components mlp, or " if "MLP" in grid.components else "")
             + "write a Hugging Face folder with a3q reduce"
         )
     note = None
     normed = any(role.name == "q_norm" for role in family.layer)
-    if normed and "QK" in request.reduced - impossible and not explicit and "QK" not in request.own:
+    if normed and "QK" in request.reduced - impossible and not explicit and "QK" not in request.own and not request.kv:
         note = (
             f"queries and keys of {family.name} pass a norm, and reducing the rest alone measured better: QK stays; "
             "--components qk,ov,mlp takes it too"
@@ -201,14 +232,14 @@ def settle(request: Request, grid: Grid, family: Family, explicit: bool) -> tupl
             "a3q reduce takes all"
         )
         request = replace(request, components=request.components - impossible)
-    heads = {c: request.own.get(c, request.ratio) if c in request.reduced else 0.0 for c in sorted(_HEADS)}
+    heads = {c: request.share_of(c) for c in sorted(HEADS)}
     if grid.one_head_size and len(set(heads.values())) > 1:
         asked = ", ".join(f"{c} {ratio:g}" for c, ratio in heads.items())
         raise InputError(
             f"--components, --ratio-qk, --ratio-ov: stock llama.cpp needs one size for keys and values ({asked}); "
             "reduce QK and OV alike, or write a Hugging Face folder with a3q reduce --frequencies per_head"
         )
-    if grid.one_head_size and request.own.keys() & request.reduced & _HEADS:
+    if grid.one_head_size and request.own.keys() & request.reduced & HEADS:
         # Sharing a budget with the MLP, the other one would come to another size.
         request = replace(request, own={**request.own, **heads})
     return request, note
@@ -238,7 +269,7 @@ def uniform(family: Family, config: ModelConfig, grid: Grid, request: Request) -
             for shape, one in zip(layers, even, strict=True)
             for c in members
         )
-        if exact or "MLP" not in members or not members & _HEADS:
+        if exact or "MLP" not in members or not members & HEADS:
             ways = [even]
         else:
             ways = [_with_heads(config, grid, costs, members, ratio, up) for up in (True, False)]
@@ -269,11 +300,10 @@ def _with_heads(
     sizes: list[dict[Component, int]] = []
     for shape in config.layers:
         one: dict[Component, int] = {}
-        for c in members & _HEADS:
+        for c in members & HEADS:
             options, wanted = grid.sizes(config, shape, c), round((1 - ratio) * size_of(shape, c), 6)
-            one[c] = (
-                min(r for r in options if r >= wanted) if up else max([r for r in options if r <= wanted] or options)
-            )
+            larger, smaller = [r for r in options if r >= wanted], [r for r in options if r <= wanted]
+            one[c] = min(larger or options[-1:]) if up else max(smaller or options)
         sizes.append(one)
     total = sum(costs[c] * size_of(shape, c) for shape in config.layers for c in members)
     spent = sum(costs[c] * r for one in sizes for c, r in one.items())
@@ -301,7 +331,7 @@ def mixed(
         total = sum(costs[c] * size_of(shape, c) for shape in config.layers for c in members)
         budget, smallest = (1 - ratio) * total, min(SMALLEST, (1 - ratio) / 2)
         table = _Curves(config, grid, costs, sensitivities, smallest)
-        heads = members & _HEADS
+        heads = members & HEADS
         if heads and grid.one_head_size:
             ways = table.with_one_head_size(heads, members - heads, budget, ratio)
         else:

@@ -17,12 +17,13 @@ from a3q.model import Model, ModelConfig
 from a3q.noise import Costs, matrices_of, measure
 from a3q.pipeline import PROBES, Calibrated, growing, spread
 from a3q.quantize import Quantization
-from a3q.reduce import Reduction
+from a3q.reduce import MLP, Reduction
 from a3q.solve.grid import GRIDS, Blocks, Grid
 from converters import ggml_encode
 from converters.assignment import Types, assign
 from converters.budget import Limit, SampledError, choose
 from converters.entries import Entry, entries
+from converters.expected_error import ExpectedError
 from converters.ggml_pack import pack
 from converters.gguf_target import target_for
 from converters.gptq import to_ggml
@@ -30,6 +31,8 @@ from converters.nearest import nearest
 from converters.tensors import LazyLayers
 from converters.types import QuantPlan
 
+MOVED = frozenset(("q", "k", "v", "o", "down"))
+"""Roles whose rows are mixed with one another, or fitted anew, before they are rounded."""
 QUANTIZERS = ("gptq", "rtn", "plain")
 _PRECISE = 8
 """Bits of a code from which error feedback is not worth a pass over calibration text of its own."""
@@ -103,6 +106,8 @@ class TypeSettler:
     reducing: bool
     overhead: Callable[[Model], int]
     """Bytes of the file of a model before its first tensor."""
+    cache_only: bool = False
+    """Only the attention is reduced: what else the source stores as its type is taken over as it is."""
     settled: Settled | None = None
 
     def check(self) -> None:
@@ -162,13 +167,13 @@ class TypeSettler:
     def _types(self, model: Model, calibrated: Calibrated | None) -> Types:
         target = target_for(model)
         tensors = entries(model, target)
-        # The rows of these are mixed with one another before they are rounded.
-        error = SampledError(self.original, frozenset(("q", "k", "v", "o", "down")))
         if self.request.limit is None or calibrated is None:
+            moved = MOVED - frozenset(MLP) if self.cache_only else MOVED
+            error = ExpectedError(self.original.source.stored, moved)
             return assign(self.request.plan, tensors, model.config, target.tied, error, self.request.strict)
         overhead = 0 if self.request.limit.size is None else self.overhead(model)
         costs = _costs(self.original, calibrated, target.tied)
-        return choose(tensors, costs, error, self.request.limit, overhead)
+        return choose(tensors, costs, SampledError(self.original, MOVED), self.request.limit, overhead)
 
     def _quantization(self, types: Types, tensors: Sequence[Entry], model: Model, quantizer: str) -> Quantization:
         tied = target_for(model).tied
@@ -176,8 +181,9 @@ class TypeSettler:
         twice = model.config.tie_word_embeddings and not tied
         layers: list[dict[str, Grid]] = [{} for _ in model.config.layers]
         top: dict[str, Grid] = {}
+        kept = self._kept(types, tensors)
         for entry in tensors:
-            if (grid := _grid(types.kinds[entry.name])) is None:
+            if (grid := _grid(types.kinds[entry.name])) is None or entry.name in kept:
                 continue
             for role in entry.roles:
                 if entry.layer is not None:
@@ -216,26 +222,43 @@ class TypeSettler:
             found[entry.name] = GGMLQuantizationType[grid.name.upper()]
         return found
 
+    def _kept(self, types: Types, tensors: Sequence[Entry]) -> frozenset[str]:
+        """Names of the tensors that are taken over as the source stores them while at most the attention is reduced.
+
+        Of the layers all of an MLP or none, since rounding a part of it moves the rest.
+        """
+        if not self.cache_only and not self.repacked:
+            return frozenset()
+        same = {e.name for e in tensors if self.original.source.stored.get(e.name) == types.kinds[e.name].name}
+        mlp = {e.name for e in tensors if e.layer is not None and {role.name for role in e.roles} & set(MLP)}
+        top = {e.name for e in tensors if e.layer is None}
+        return frozenset((same & top) | (mlp if mlp <= same else set()))
+
     def packed(self, reduction: Reduction) -> Callable[[int | None, str], NDArray[uint8] | None]:
         """What `write_gguf` takes of the rounded weights."""
 
-        taken_over = _by_layer(self.original) if self.repacked else None
+        source = _by_layer(self.original)
+        assert self.settled is not None
+        kept = self._kept(self.settled.types, self.settled.tensors)
+        roles = {role.name for entry in self.settled.tensors if entry.name in kept for role in entry.roles}
 
         def of(i: int | None, role: str) -> NDArray[uint8] | None:
-            blocks = reduction.blocks(i, role) if taken_over is None or i is None else taken_over(i).get(role)
+            taken_over = role in roles or (i is not None and self.repacked)
+            blocks = source(i).get(role) if taken_over else reduction.blocks(i, role)
             return None if blocks is None else pack(blocks)
 
         return of
 
 
-def _by_layer(source: Model) -> Callable[[int], dict[str, Blocks]]:
-    """The weights of a layer that its maker left on a GGUF grid, by role."""
+def _by_layer(source: Model) -> Callable[[int | None], dict[str, Blocks]]:
+    """The weights of a layer (None: outside the layers) that its maker left on a GGUF grid, by role."""
 
     @lru_cache(maxsize=1)
-    def layer(i: int) -> dict[str, Blocks]:
+    def layer(i: int | None) -> dict[str, Blocks]:
         if not isinstance(source.layers, LazyLayers):
             return {}
-        found = {role: _in_gguf(blocks) for role, blocks in source.layers.blocks(i).items()}
+        blocks_of = source.layers.top_blocks() if i is None else source.layers.blocks(i)
+        found = {role: _in_gguf(blocks) for role, blocks in blocks_of.items()}
         return {role: blocks for role, blocks in found.items() if blocks is not None}
 
     return layer

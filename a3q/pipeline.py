@@ -17,10 +17,10 @@ from torch import Tensor
 from a3q import cache
 from a3q.calibration import HELD_OUT, SELF, Calibration, calibration_tokens, mixed
 from a3q.components import Method
-from a3q.dimensions import ALL, Grid, Plan, Request, settle, uniform, unreduced
+from a3q.dimensions import ALL, HEADS, Grid, Plan, Request, all_sizes, settle, uniform, unreduced
 from a3q.dimensions import mixed as mixed_plan
 from a3q.errors import InputError
-from a3q.families import COMPONENTS, Component
+from a3q.families import COMPONENTS, Component, Family
 from a3q.model import Model, ModelConfig, Source, free_memory, pick_device
 from a3q.perplexity import compare, logits_of
 from a3q.progress import Advance, Stages
@@ -28,6 +28,8 @@ from a3q.quantize import Quantization
 from a3q.reduce import Dimensions, Reduction, planned, reduce
 from a3q.sensitivity import Sizes, measure
 
+RATIO = 0.25
+"""Of what is reduced unless told."""
 MAX_RATIO = 0.9
 WINDOWS = {"cpu": (40, 1024), "cuda": (128, 2048)}
 """Calibration sequences and their length where the user names no number of tokens."""
@@ -52,14 +54,18 @@ FEW_TOKENS = 8
 class Settings:
     """What the user asked for, whatever the output."""
 
-    ratio: float = 0.25
+    ratio: float = RATIO
     components: frozenset[Component] | None = None
     """None: all that the output can hold reduced."""
     own_ratios: Mapping[Component, float] = field(default_factory=dict)
     """Components with a ratio of their own."""
+    kv_ratio: float | None = None
+    """Share of the KV cache that is to go; None: keys and values are components like the others."""
     ranks: str | None = None
     """`mixed`: sizes differ between layers and components by what each matters; `uniform`: all layers alike, as the
     paper has them. None: as the method has them."""
+    head_size: int | None = None
+    """Of all heads that shrink, where a plan has settled it."""
     method: str = "a3q"
     calib: Sequence[str] = (SELF,)
     calib_tokens: int | None = None
@@ -72,9 +78,10 @@ class Settings:
     def of(
         cls,
         *,
-        ratio: float = 0.25,
+        ratio: float | None = None,
         components: Iterable[Component] | None = None,
         own_ratios: Mapping[Component, float] | None = None,
+        kv_ratio: float | None = None,
         ranks: str | None = None,
         method: str = "a3q",
         calib: str | Sequence[str] = SELF,
@@ -83,12 +90,19 @@ class Settings:
         device: str = "auto",
         memory_budget: int | None = None,
     ) -> Settings:
-        """From what a caller of `a3q.convert` and the like may give; InputError for a value out of range."""
+        """From what a caller of `a3q.convert` and the like may give; InputError for a value out of range.
+
+        `ratio` is RATIO unless told, and nothing beside a `kv_ratio`.
+        """
+        if ratio is None:
+            ratio = RATIO if kv_ratio is None else 0.0
         settings = cls(
             ratio,
             None if components is None else frozenset(components),
             own_ratios or {},
+            kv_ratio,
             ranks,
+            None,
             method,
             [calib] if isinstance(calib, str) else list(calib),
             calib_tokens,
@@ -102,7 +116,13 @@ class Settings:
     def request(self) -> Request:
         """The reduction that is asked for."""
         components = ALL if self.components is None else self.components
-        return Request(self.ratio, components | self.own_ratios.keys(), self.own_ratios)
+        if self.kv_ratio is not None:
+            components |= HEADS
+        return Request(self.ratio, components | self.own_ratios.keys(), self.own_ratios, self.kv_ratio)
+
+    def on(self, grid: Grid) -> Grid:
+        """The grid with no more than what is asked for."""
+        return grid if self.head_size is None else replace(grid, head_size=self.head_size)
 
     def mixed(self) -> bool:
         """Whether sizes may differ between layers."""
@@ -112,7 +132,11 @@ class Settings:
         """InputError for a value out of range."""
         if unknown := sorted(((self.components or frozenset()) | self.own_ratios.keys()) - ALL):
             raise InputError(f"component {unknown[0]!r}: give {', '.join(COMPONENTS)}")
-        ratios = {"--ratio": self.ratio, **{f"--ratio-{c.lower()}": r for c, r in self.own_ratios.items()}}
+        ratios = {
+            "--ratio": self.ratio,
+            "--kv-ratio": self.kv_ratio or 0.0,
+            **{f"--ratio-{c.lower()}": r for c, r in self.own_ratios.items()},
+        }
         for option, ratio in ratios.items():
             if not 0 <= ratio <= MAX_RATIO:
                 raise InputError(f"{option} {ratio:g} is out of range; give a number from 0 (untouched) to {MAX_RATIO}")
@@ -171,6 +195,33 @@ class Reduced:
 
 
 @dataclass(frozen=True)
+class Prepared:
+    """What runs on one model can share."""
+
+    digests: list[str]
+    """sha256 of each weight file."""
+    calibration: Calibration | None
+
+
+def prepare(
+    original: Model,
+    settings: Settings,
+    device: torch.device,
+    stages: Stages,
+    needed: bool = True,
+    held_out: bool = True,
+) -> Prepared:
+    """Hash the source and get calibration text: a little where it is only `held_out` for the check, or none."""
+    digests = _hash(original.source, stages)
+    if not needed and not held_out:
+        return Prepared(digests, None)
+    size = windows(original, device, settings.calib_tokens)
+    if not needed:
+        size = CHECK_ONLY[0], min(CHECK_ONLY[1], size[1])
+    return Prepared(digests, calibrate(original, settings.calib, size, settings.seed, device, stages))
+
+
+@dataclass(frozen=True)
 class Calibrated:
     """What else than weights is known when types are settled."""
 
@@ -202,22 +253,19 @@ def run(
     held_out: bool,
     stages: Stages,
     rounding: Rounding | None = None,
+    prepared: Prepared | None = None,
 ) -> Reduced:
     """Reduce `original` as `settings` ask, on `grid`, and round it in the same pass if so told.
 
-    With `held_out`, calibration text is there even if not needed.
+    With `held_out`, calibration text is there even if not needed. What is `prepared` need not be done.
     """
     device = pick_device(settings.device)
+    grid = settings.on(grid)
     request, note = settle(settings.request(), grid, original.family, settings.components is not None)
     notes = [note] if note is not None and request.ratio > 0 else []
-    digests = _hash(original.source, stages)
-    calibration: Calibration | None = None
     needed = bool(request.groups()) or (rounding is not None and rounding.needs_calibration)
-    if needed or held_out:
-        size = windows(original, device, settings.calib_tokens)
-        if not needed:
-            size = CHECK_ONLY[0], min(CHECK_ONLY[1], size[1])
-        calibration = calibrate(original, settings.calib, size, settings.seed, device, stages)
+    prepared = prepared or prepare(original, settings, device, stages, needed, held_out)
+    digests, calibration = prepared.digests, prepared.calibration
     if not needed or calibration is None:
         plan = unreduced(original.family, original.config, request)
         if rounding is not None:
@@ -242,21 +290,21 @@ def _carry_out(
 ) -> Reduction:
     """Reduce and round in one pass over the layers; after the paper's method, which fits nothing, in two."""
     model, tokens, layers = original, known.calibration.tokens, original.config.num_hidden_layers
-    shrinks = bool(plan.request.groups())
+    shrinks, mlp_stays = bool(plan.request.groups()), plan.request.cache_only
     dimensions: Sequence[Dimensions] = plan.dimensions
     losses = None
     if not shrinks and quantization is None:
         return Reduction(original, [])
     if shrinks and (quantization is None or not method.fitted):
         with known.stages("reduce", layers) as advance:
-            reduction = reduce(model, tokens, dimensions, known.device, budget, method, _one(advance))
+            reduction = reduce(model, tokens, dimensions, known.device, budget, method, _one(advance), None, mlp_stays)
         if quantization is None:
             return reduction
         model, losses = reduction.model, reduction.losses
         dimensions, shrinks = [Dimensions.of(shape) for shape in model.config.layers], False
     fitted = replace(method, name="a3q")
     with known.stages("reduce and quantize" if shrinks else "quantize", layers) as advance:
-        found = reduce(model, tokens, dimensions, known.device, budget, fitted, _one(advance), quantization)
+        found = reduce(model, tokens, dimensions, known.device, budget, fitted, _one(advance), quantization, mlp_stays)
     return found if losses is None else replace(found, losses=losses)
 
 
@@ -275,15 +323,26 @@ class _Work:
     stages: Stages
 
 
-def _choose(work: _Work, mixed_ranks: bool) -> tuple[Plan, tuple[tuple[Plan, float], ...]]:
-    """The dimensions of every layer, and what candidates were tried for them."""
-    family, config, request, grid = work.model.family, work.model.config, work.request, work.grid
+def candidates(
+    family: Family,
+    config: ModelConfig,
+    grid: Grid,
+    request: Request,
+    mixed_ranks: bool,
+    sensitivities: Callable[[], cache.Sensitivities],
+) -> list[Plan]:
+    """The plans that come into question, the most promising first; sensitivities are asked for where they count."""
     # One head size alone, or one MLP size, leaves nothing to weigh.
     free = grid.mixed_units and "MLP" in request.reduced if grid.one_head_size else True
     if mixed_ranks and free:
-        options = mixed_plan(family, config, grid, request, _sensitivities(work))
-    else:
-        options = uniform(family, config, grid, request)
+        return mixed_plan(family, config, grid, request, sensitivities())
+    return uniform(family, config, grid, request)
+
+
+def _choose(work: _Work, mixed_ranks: bool) -> tuple[Plan, tuple[tuple[Plan, float], ...]]:
+    """The dimensions of every layer, and what candidates were tried for them."""
+    model = work.model
+    options = candidates(model.family, model.config, work.grid, work.request, mixed_ranks, lambda: _sensitivities(work))
     if len(options) == 1:
         return options[0], ()
     tried = _try(work, options)
@@ -293,10 +352,7 @@ def _choose(work: _Work, mixed_ranks: bool) -> tuple[Plan, tuple[tuple[Plan, flo
 def _sensitivities(work: _Work) -> cache.Sensitivities:
     config, request, grid = work.model.config, work.request, work.grid
     # Any type's blocks are multiples of the steps, so that one measurement serves them all.
-    every = Grid(grid.components, grid.head_step, grid.unit_step)
-    sizes: list[Sizes] = [
-        {c: every.sizes(config, shape, c) for c in COMPONENTS if c in request.reduced} for shape in config.layers
-    ]
+    sizes: list[Sizes] = [*all_sizes(config, grid, request.reduced)]
     count, length = PROBES[work.device.type]
     tokens, probes = spread(work.calibration.tokens, MOMENT_SEQUENCES), spread(work.calibration.tokens, count)
     probes = probes[:, :length]
@@ -307,6 +363,7 @@ def _sensitivities(work: _Work) -> cache.Sensitivities:
         with work.stages("weigh the layers", config.num_hidden_layers**2) as advance:
             known = measure(work.model, tokens, probes, sizes, ratio, work.device, work.method, growing(advance))
         cache.save(file, known)
+    cache.remember(file, work.model.source, config, ratio, work.method)
     return known
 
 
@@ -394,7 +451,10 @@ def _try(work: _Work, options: list[Plan]) -> tuple[tuple[Plan, float], ...]:
 
         # A function, so that one candidate is gone before the next takes the memory budget.
         def mean_kl(option: Plan) -> float:
-            of = reduce(model, tokens, option.dimensions, work.device, work.budget, work.method, _one(advance)).model
+            dimensions, mlp_stays = option.dimensions, work.request.cache_only
+            of = reduce(
+                model, tokens, dimensions, work.device, work.budget, work.method, _one(advance), None, mlp_stays
+            ).model
             logits = {"reduced": logits_of(of, sequences, work.device)}
             return compare(reference, logits, sequences)["reduced"].mean_kl
 
@@ -464,7 +524,7 @@ def _advice(original: Model, reduced: Model, plan: Plan, calibration: Calibratio
     """What the user might have expected otherwise."""
     advice = []
     tokens, units = calibration.tokens.numel(), original.config.widest.intermediate_size
-    if tokens < FEW_TOKENS * units:
+    if "MLP" in plan.request.reduced and tokens < FEW_TOKENS * units:
         advice.append(
             f"{tokens} calibration tokens are few for {units} MLP units; from {FEW_TOKENS * units} on the result is "
             "much better (--calib-tokens, or more text)"

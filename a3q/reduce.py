@@ -28,6 +28,9 @@ from a3q.statistics import AttentionStatistics, Moment
 from a3q.store import LayerStore
 from a3q.stream import Stream
 
+MLP = ("gate", "up", "down")
+"""Roles of an MLP's matrices."""
+
 
 @dataclass(frozen=True)
 class Dimensions:
@@ -92,10 +95,13 @@ def reduce(
     method: Method = Method(),  # noqa: B008 (immutable)
     on_layer: Callable[[], None] = lambda: None,
     quantization: Quantization | None = None,
+    mlp_stays: bool = False,
 ) -> Reduction:
     """`model` with each layer under its `dimensions`, and rounded if so told, calibrated on `tokens` `[B, T]`.
 
-    Reduced layers beyond `memory_budget` bytes wait on disk. ValueError for rounding with a `method` that fits nothing.
+    Reduced layers beyond `memory_budget` bytes wait on disk. With `mlp_stays` an MLP is only touched to be rounded;
+    otherwise it is fitted to the attention before it even where its size stays. ValueError for rounding with a
+    `method` that fits nothing.
     """
     if quantization is not None and not method.fitted:
         raise ValueError(f"method {method.name} does not follow what rounding does to the layers before")
@@ -129,7 +135,7 @@ def reduce(
             layer, new_shape, loss = reduce_plainly(w, shape, target, reference, method)
         else:
             streams = _Streams(reference, reduced)
-            layer, new_shape, loss = reduce_fitted(w, shape, target, streams, method, rounding)
+            layer, new_shape, loss = reduce_fitted(w, shape, target, streams, method, rounding, mlp_stays)
         layers.append(to_device(layer, model.embed.device), rounding.blocks)
         shapes.append(new_shape)
         losses.append(loss)
@@ -205,12 +211,18 @@ def reduce_fitted(
     streams: _Streams,
     method: Method,
     rounding: LayerRounding,
+    mlp_stays: bool = False,
 ) -> tuple[Layer, LayerShape, LayerLosses]:
-    """One layer as a3q does it, rounded as it goes; both streams move on through it."""
+    """One layer as a3q does it, rounded as it goes; both streams move on through it. See `reduce` for `mlp_stays`."""
     new = dict(w)
     streams.reference.begin_layer()
     streams.reduced.begin_layer()
     new_shape, qk, ov = _fit_attention(w, new, shape, target, streams, method, rounding)
+    if mlp_stays and rounding.grids.keys().isdisjoint(MLP):
+        for part in batches(streams.reduced.config, *streams.reduced.x.shape[:2]):
+            for stream in (streams.reference, streams.reduced):
+                stream.add(part, w, "mlp_post_norm", stream.mlp(w, part))
+        return new, new_shape, LayerLosses(qk, ov, 0.0)
     lost = _fit_mlp(w, new, shape, target, streams, method, rounding)
     return new, new_shape, LayerLosses(qk, ov, lost)
 

@@ -12,11 +12,15 @@ the moments of q and k and the distribution `P(Δ)` of attention distances:
     minimise  E | Σ_p q_p conj(k_p) exp(i w_p Δ)  −  Σ_s a_s conj(b_s) exp(i ω_s Δ) |²
 
 The problem is bilinear; `A` and `B` take turns, each half in closed form.
+
+Calibration text is shorter than what a model can read, and where `P(Δ)` ends, scores are free to grow: a share FAR of
+`P` is therefore spread over all distances up to the trained context, as `1 / (1 + Δ)`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -25,6 +29,13 @@ RIDGE = 1e-6
 """Relative ridge on the normal equations: it settles dead heads and repeated directions without moving live ones."""
 FLOOR = 1e-10
 """Relative floor of eigenvalues whose inverse root is taken."""
+
+
+FAR = 0.2
+"""Weight of the distances that calibration text may not have. SmolLM2, heads 64 → 48, calibrated on windows of 1024:
+perplexity is 1.14 times the original's at positions to 256 and 2.79 times at 6144 to 8192 without it, 1.14 and 1.30
+with it; the same weight spread evenly over all distances gives 1.18 and 1.36."""
+_CHUNK = 1 << 13
 
 
 @dataclass(frozen=True)
@@ -121,6 +132,20 @@ def characteristic(distances: Tensor, frequencies: Tensor) -> Tensor:
     return torch.stack(found)
 
 
+@lru_cache(maxsize=64)
+def far_characteristic(frequencies: tuple[float, ...], reach: int) -> Tensor:
+    """`characteristic` `[m, m]` of one head for `P(Δ) ∝ 1 / (1 + Δ)`, `Δ < reach`."""
+    own = torch.tensor(frequencies, dtype=torch.float64)
+    found, total = torch.zeros(len(own), len(own), dtype=torch.complex128), 0.0
+    for start in range(0, reach, _CHUNK):
+        delta = torch.arange(start, min(start + _CHUNK, reach), dtype=torch.float64)
+        share = 1 / (1 + delta)
+        wave = torch.exp(1j * own[:, None] * delta)
+        found += (wave.conj() * share) @ wave.T
+        total += float(share.sum())
+    return found / total
+
+
 def _solve(lhs: Tensor, rhs: Tensor) -> Tensor:
     scale = lhs.diagonal(dim1=-2, dim2=-1).real.mean(-1).clamp_min(torch.finfo(torch.float32).tiny)
     eye = torch.eye(lhs.shape[-1], dtype=lhs.dtype, device=lhs.device)
@@ -129,17 +154,28 @@ def _solve(lhs: Tensor, rhs: Tensor) -> Tensor:
 
 
 def solve_pairs(
-    q_moment: Tensor, k_moment: Tensor, distances: Tensor, frequencies: Tensor, kept: Tensor, sweeps: int
+    q_moment: Tensor,
+    k_moment: Tensor,
+    distances: Tensor,
+    frequencies: Tensor,
+    kept: Tensor,
+    sweeps: int,
+    reach: int = 0,
 ) -> QKSolution:
     """Keep the pairs `kept` `[G, R]` of each key head; with `sweeps`, mix the others into them.
 
     `q_moment` `[H, 2m, 2m]`, `k_moment` `[G, 2m, 2m]`: E[qᵀq], E[kᵀk] before RoPE, half-split; `distances` `[H, T]`;
-    `frequencies` `[m]` or `[G, m]` in radians per token. Query head `h` belongs to key head `h // (H / G)`.
+    `frequencies` `[m]` or `[G, m]` in radians per token. Query head `h` belongs to key head `h // (H / G)`. Scores are
+    also to hold up to the distance `reach`, in tokens, whatever `distances` says (FAR).
     """
     H, G, m = q_moment.shape[0], k_moment.shape[0], frequencies.shape[-1]
     C_q, C_k = complex_moment(q_moment).view(G, H // G, m, m), complex_moment(k_moment)[:, None]
     own = frequencies.double().expand(G, m).repeat_interleave(H // G, dim=0)
-    phi = characteristic(distances, own).view(G, H // G, m, m)
+    phi = characteristic(distances, own)
+    if reach:
+        far = torch.stack([far_characteristic(tuple(one), reach) for one in own.tolist()])
+        phi = (1 - FAR) * phi + FAR * far.to(phi.device)
+    phi = phi.view(G, H // G, m, m)
     phi_old = phi.take_along_dim(kept[:, None, :, None], dim=2)
     phi_new = phi_old.take_along_dim(kept[:, None, None, :], dim=3)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from a3q import __version__, cache
 from a3q.components import Method
 from a3q.families import Component
-from a3q.model import LayerShape, ModelConfig
+from a3q.model import LayerShape, ModelConfig, Source
 from a3q.sensitivity import Sensitivity, Sizes
 
 CONFIG = ModelConfig((LayerShape(16, 16, 64),) * 2, 64, 4, 2, 512, 256, 1e-6, True)
@@ -157,3 +157,84 @@ def test_full_disk_leaves_nothing(root: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(Path, "replace", full)
     cache.save(Asked().file, known())
     assert [path for path in root.rglob("*") if path.is_file()] == []
+
+
+# Known again by its header
+
+
+def source(folder: Path, content: bytes = b"weights", name: str = "m.gguf") -> Source:
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_bytes(content)
+    return Source(folder / name, "gguf", len(content), (folder / name,))
+
+
+def test_what_is_remembered_is_recalled(root: Path, tmp_path: Path) -> None:
+    asked, one = Asked(), source(tmp_path / "a")
+    assert cache.recall(one, CONFIG, 0.25, Method()) is None
+    cache.remember(asked.file, one, CONFIG, 0.25, Method())
+    assert cache.recall(one, CONFIG, 0.25, Method()) is None  # nothing was saved
+    cache.save(asked.file, known())
+    assert cache.recall(one, CONFIG, 0.25, Method()) == known()
+    assert cache.recall(one, CONFIG, 0.9, Method()) == known()
+    # Moved and renamed it is the same model.
+    assert cache.recall(source(tmp_path / "b", name="other.gguf"), CONFIG, 0.25, Method()) == known()
+    for other in (source(tmp_path / "c", b"weight"), source(tmp_path / "d", b"Weights"), source(tmp_path / "e", b"")):
+        assert cache.recall(other, CONFIG, 0.25, Method()) is None
+    assert cache.recall(one, replace(CONFIG, rope_theta=5.0), 0.25, Method()) is None
+    assert cache.recall(one, CONFIG, 0.25, Method("paper")) is None
+    assert len(list((root / "a3q" / "known").iterdir())) == 1
+
+
+def test_nearest_ratio_is_recalled(tmp_path: Path) -> None:
+    one = source(tmp_path / "a")
+    for ratio, kl in ((0.1, 0.01), (0.5, 0.5), (0.5, 0.75)):
+        asked = replace(Asked(), ratio=ratio)
+        cache.save(asked.file, known(kl))
+        cache.remember(asked.file, one, CONFIG, ratio, Method())
+    assert cache.recall(one, CONFIG, 0.2, Method()) == known(0.01)
+    assert cache.recall(one, CONFIG, 0.4, Method()) == known(0.75)
+    # What is gone is passed over.
+    replace(Asked(), ratio=0.1).file.unlink()
+    assert cache.recall(one, CONFIG, 0.2, Method()) == known(0.75)
+
+
+def test_last_text_is_recalled(tmp_path: Path) -> None:
+    one = source(tmp_path / "a")
+    texts = [replace(Asked(), tokens=torch.arange(i, 64 + i).view(4, 16)) for i in range(3)]
+    for turn in (0, 1, 2, 0):
+        cache.save(texts[turn].file, known(turn + 1.0))
+        cache.remember(texts[turn].file, one, CONFIG, 0.25, Method())
+        assert cache.recall(one, CONFIG, 0.25, Method()) == known(turn + 1.0)
+
+
+def test_ends_of_large_files_tell_them_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "_END", 16)
+    one = source(tmp_path / "a", b"h" * 16 + b"x" * 100 + b"t" * 16)
+    cache.save(Asked().file, known())
+    cache.remember(Asked().file, one, CONFIG, 0.25, Method())
+    for content in (b"H" * 16 + b"x" * 100 + b"t" * 16, b"h" * 16 + b"x" * 100 + b"T" * 16, b"h" * 16 + b"t" * 16):
+        assert cache.recall(source(tmp_path / "b", content), CONFIG, 0.25, Method()) is None
+    two = replace(one, weight_files=(*one.weight_files, source(tmp_path / "c").path))
+    assert cache.recall(two, CONFIG, 0.25, Method()) is None
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[3]", b"[{}]", b'[{"file": 3, "ratio": "x"}]', b"\xff"])
+def test_damaged_index_is_none(root: Path, tmp_path: Path, content: bytes) -> None:
+    one = source(tmp_path / "a")
+    cache.save(Asked().file, known())
+    cache.remember(Asked().file, one, CONFIG, 0.25, Method())
+    [index] = (root / "a3q" / "known").iterdir()
+    index.write_bytes(content)
+    assert cache.recall(one, CONFIG, 0.25, Method()) is None
+    cache.remember(Asked().file, one, CONFIG, 0.25, Method())
+    assert cache.recall(one, CONFIG, 0.25, Method()) == known()
+
+
+def test_index_leads_nowhere_else(root: Path, tmp_path: Path) -> None:
+    """A name in it is that of a file beside the others."""
+    one = source(tmp_path / "a")
+    cache.save(Asked().file, known())
+    cache.remember(Asked().file, one, CONFIG, 0.25, Method())
+    [index] = (root / "a3q" / "known").iterdir()
+    index.write_text(json.dumps([{"file": f"../../{Asked().file.name}", "ratio": 0.25}]))
+    assert cache.recall(one, CONFIG, 0.25, Method()) == known()

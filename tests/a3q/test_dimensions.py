@@ -524,3 +524,112 @@ def test_more_than_the_grid_has() -> None:
     only: frozenset[Component] = frozenset(("QK",))
     plan = mixed(LLAMA, of, folder_grid(of), Request(0.9, only), sensitivities(folder_grid(of), of))[0]
     assert sizes([plan]) == [(2, 16, 96)]
+
+
+# The cache
+
+
+def test_groups_with_a_share_of_the_cache() -> None:
+    assert Request(0.0, kv=0.5).groups() == [(HEADS, 0.5)]
+    assert Request(0.25, kv=0.5).groups() == [(MLP, 0.25), (HEADS, 0.5)]
+    assert Request(0.25, HEADS, kv=0.5).groups() == [(HEADS, 0.5)]
+    assert Request(0.25, kv=0.0).groups() == [(MLP, 0.25)]
+    assert Request(0.0, ALL, {"MLP": 0.3}, kv=0.5).groups() == [(HEADS, 0.5), (MLP, 0.3)]
+    assert Request(0.0, ALL, {"QK": 0.1}, kv=0.5).groups() == [(frozenset(("OV",)), 0.5), (frozenset(("QK",)), 0.1)]
+    request = Request(0.25, kv=0.5)
+    assert [request.share_of(c) for c in COMPONENTS] == [0.5, 0.5, 0.25]
+    assert (request.largest, request.reduced) == (0.5, ALL)
+    assert Request(0.0).largest == 0
+
+
+@pytest.mark.parametrize(
+    ("request_", "alone"),
+    [
+        (Request(0.0, kv=0.5), True),
+        (Request(0.25, HEADS, kv=0.5), True),
+        (Request(0.0, ALL, {"MLP": 0.0}, kv=0.5), True),
+        (Request(0.25, kv=0.5), False),
+        (Request(0.0, ALL, {"MLP": 0.1}, kv=0.5), False),
+        (Request(0.25, HEADS), False),
+        (Request(0.25), False),
+    ],
+)
+def test_whether_only_the_cache_shrinks(request_: Request, alone: bool) -> None:
+    assert request_.cache_only == alone
+
+
+def test_head_sizes_of_a_quantized_cache() -> None:
+    shape = LayerShape(80, 80, 256)
+    of = ModelConfig((shape,), 320, 4, 2, 1000, 2048, 1e-5, True)
+    assert gguf_grid(LLAMA, of, 1, "q8_0").sizes(of, shape, "QK") == (32, 64)
+    assert gguf_grid(LLAMA, of, 1).sizes(of, shape, "OV")[-2:] == (72, 80)
+    whole = replace(shape, qk_head_dim=128, v_head_dim=128)
+    assert gguf_grid(LLAMA, of, 1, "q4_0").sizes(of, whole, "OV") == (32, 64, 96, 128)
+    # Where no smaller one is possible, it stays, and llama.cpp will not start.
+    small = replace(shape, qk_head_dim=24, v_head_dim=24)
+    assert gguf_grid(LLAMA, of, 1, "q8_0").sizes(of, small, "QK") == (24,)
+    assert gguf_grid(LLAMA, of, 1, "q8_0").sizes(of, shape, "MLP") == gguf_grid(LLAMA, of, 1).sizes(of, shape, "MLP")
+
+
+def test_head_size_that_is_settled() -> None:
+    of = CONFIGS["llama-3.1-8b"]
+    grid = replace(gguf_grid(LLAMA, of, 1), head_size=96)
+    shape = of.layers[0]
+    assert grid.sizes(of, shape, "QK") == grid.sizes(of, shape, "OV") == (96,)
+    assert len(grid.sizes(of, shape, "MLP")) > 1
+    assert len(replace(grid, head_size=97).sizes(of, shape, "QK")) > 1
+    known = sensitivities(gguf_grid(LLAMA, of, 1), of)
+    for plan in (*uniform(LLAMA, of, grid, Request(0.25)), *mixed(LLAMA, of, grid, Request(0.25), known)):
+        assert {one.qk_head_dim for one in plan.dimensions} == {96}
+        assert plan.achieved == pytest.approx(0.25, abs=0.01)
+
+
+@pytest.mark.parametrize("head_dim", [24, 48, 64, 80, 96, 120, 128, 256])
+@pytest.mark.parametrize("block", BLOCKS)
+def test_cache_of_any_type_has_a_plan(head_dim: int, block: int) -> None:
+    of = config(1024, 8, 2, head_dim, 4096)
+    grid = gguf_grid(LLAMA, of, block, "q8_0")
+    known = sensitivities(gguf_grid(LLAMA, of, 1), of)
+    for ratio, kv in itertools.product((0.0, 0.1, 0.25, 0.5, 0.9), (None, 0.05, 0.25, 0.5, 0.9)):
+        request = Request(ratio, kv=kv)
+        if not request.groups():
+            continue
+        for plan in (*uniform(LLAMA, of, grid, request), *mixed(LLAMA, of, grid, request, known)):
+            heads = {size for one in plan.dimensions for size in (one.qk_head_dim, one.v_head_dim)}
+            assert len(heads) == 1
+            assert heads <= set(grid.sizes(of, of.layers[0], "QK"))
+            if kv is not None:
+                wanted = (1 - kv) * head_dim
+                options = [n for n in grid.sizes(of, of.layers[0], "QK") if n >= head_dim * min(0.25, (1 - kv) / 2)]
+                assert abs(max(heads) - wanted) == min(abs(n - wanted) for n in options or heads)
+                if ratio == 0:
+                    assert {one.intermediate_size for one in plan.dimensions} == {4096}
+
+
+def test_folder_shares_the_cache_among_keys_and_values() -> None:
+    of = CONFIGS["qwen2-0.5b"]
+    grid = folder_grid(of)
+    known = sensitivities(grid, of, uneven)
+    for kv in (0.1, 0.3, 0.5, 0.75):
+        [plan] = mixed(LLAMA, of, grid, Request(0.0, kv=kv), known)
+        before = sum(shape.qk_head_dim + shape.v_head_dim for shape in of.layers)
+        after = sum(one.qk_head_dim + one.v_head_dim for one in plan.dimensions)
+        assert (1 - kv) * before - grid.head_step < after <= (1 - kv) * before
+        assert {one.intermediate_size for one in plan.dimensions} == {4864}
+
+
+@pytest.mark.parametrize("family", [QWEN3, GPT2])
+def test_cache_that_llama_cpp_cannot_shrink(family: Family) -> None:
+    grid = gguf_grid(family, CONFIGS["tiny"], 32)
+    for request in (Request(0.0, kv=0.5), Request(0.25, kv=0.5)):
+        with pytest.raises(InputError, match=r"--kv-ratio: stock llama.cpp cannot hold ov and qk") as refused:
+            settle(request, grid, family, False)
+        assert "a3q reduce" in str(refused.value)
+    # Nothing of it is asked to go.
+    request, note = settle(Request(0.25, kv=0.0), grid, family, False)
+    assert (request.reduced, note) == (MLP, None)
+
+
+def test_cache_with_a_norm_shrinks_when_asked() -> None:
+    grid = folder_grid(CONFIGS["tiny"])
+    assert settle(Request(0.0, kv=0.5), grid, QWEN3, False) == (Request(0.0, kv=0.5), None)
