@@ -9,8 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from a3q.errors import VerifyError
+from a3q.errors import InputError, VerifyError
 from a3q.runtime import LlamaRuntime, available, version
+from converters.gguf_writer import write_gguf
+from converters.hf_reader import open_huggingface
+from converters.types import resolve_quant
+from tests.pico import Kind, write_model
 
 pytest.importorskip("llama_cpp")
 N_CTX = 256
@@ -92,6 +96,90 @@ def test_unusable_tokens_are_refused(runtime: LlamaRuntime, tokens: list[int]) -
 def test_speeds_are_positive(runtime: LlamaRuntime) -> None:
     assert runtime.prompt_speed(32, repeats=1) > 0
     assert runtime.generation_speed(4) > 0
+    with pytest.raises(ValueError, match="260 tokens for a context of 256"):
+        runtime.generation_speed(4, after=256)
+
+
+def test_only_what_is_generated_is_timed(runtime: LlamaRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("a3q.runtime._BATCH", 40)
+    decoded: list[tuple[int, int, int]] = []
+    monkeypatch.setattr(
+        runtime, "_decode", lambda tokens, begin, first: decoded.append((len(tokens), begin, len(decoded)))
+    )
+    times: list[int] = []
+    monkeypatch.setattr("a3q.runtime.time.perf_counter", lambda: times.append(len(decoded)) or float(len(times)))
+    assert runtime.generation_speed(3, after=100) == 3
+    assert [step[:2] for step in decoded] == [(40, 0), (40, 40), (20, 80), (1, 100), (1, 101), (1, 102)]
+    assert times == [3, 6]
+
+
+def pico_gguf(folder: Path, kind: Kind = "llama", **overrides: object) -> Path:
+    model = write_model(folder / "hf", kind, max_position_embeddings=8192, **overrides)
+    return write_gguf(open_huggingface(model), resolve_quant("f16"), folder / "m.gguf").path
+
+
+@pytest.mark.parametrize(("cache_type", "bits"), [("f16", 16), ("q8_0", 8.5), ("q4_0", 4.5)])
+def test_memory_is_what_the_cache_holds(tmp_path: Path, cache_type: str, bits: float) -> None:
+    path = pico_gguf(tmp_path, head_dim=64)
+    with LlamaRuntime(path, 4000, n_threads=1, cache_type=cache_type) as opened:
+        memory = opened.memory
+        assert memory.n_ctx == 4096
+        # Two layers of two heads, keys and values.
+        assert memory.kv_bytes_per_token == pytest.approx(2 * 2 * 2 * 64 * bits / 8, rel=0.01)
+        assert memory.kv_bytes == memory.kv_bytes_per_token * 4096
+        assert memory.compute_bytes > 0
+        assert memory.output_bytes >= 0
+        assert memory.flash_attention
+        assert np.isfinite(opened.logits(list(range(100)))).all()
+
+
+def test_rounded_cache_rounds(runtime: LlamaRuntime) -> None:
+    tokens = runtime.tokenize(TEXT)[:200]
+    exact = runtime.logits(tokens)[100:]
+    errors = []
+    for cache_type in ("q8_0", "q4_0"):
+        with LlamaRuntime(demo_gguf(), N_CTX, n_threads=1, cache_type=cache_type) as opened:
+            errors.append(float(np.abs(opened.logits(tokens)[100:] - exact).mean()))
+    assert 0 < errors[0] < errors[1] / 4
+
+
+def test_memory_of_sliding_windows_is_the_sum(tmp_path: Path) -> None:
+    """Two layers of three see 12 positions; theirs is a cache of its own, and here as long as the other."""
+    with LlamaRuntime(pico_gguf(tmp_path, "gemma3", head_dim=64), 4096, n_threads=1) as opened:
+        one = 4096 * 2 * 2 * 64 * 2
+        assert opened.memory.kv_bytes == pytest.approx(3 * one, rel=0.01)
+
+
+def test_sequences_share_a_context(tmp_path: Path) -> None:
+    path = pico_gguf(tmp_path, head_dim=64)
+    with LlamaRuntime(path, 1024, n_threads=1, n_seq_max=4) as opened:
+        assert opened.memory.kv_bytes == pytest.approx(1024 * 1024, rel=0.01)
+        assert opened.logits([1] * 256).shape[0] == 256
+        with pytest.raises(ValueError, match="257 tokens for a context of 256"):
+            opened.logits([1] * 257)
+
+
+@pytest.mark.parametrize("cache_type", ["q8_0", "q4_0"])
+def test_heads_that_do_not_divide_into_blocks(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], cache_type: str
+) -> None:
+    path = pico_gguf(tmp_path, head_dim=48)
+    capfd.readouterr()
+    with pytest.raises(VerifyError, match="48") as caught:
+        LlamaRuntime(path, N_CTX, n_threads=1, cache_type=cache_type)
+    assert str(caught.value).startswith(f"{path}: llama.cpp cannot make a context of 256 with a {cache_type} cache: ")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_unknown_cache_type() -> None:
+    with pytest.raises(InputError, match="cache_type q5_1: choose one of f16, q8_0, q4_0"):
+        LlamaRuntime(demo_gguf(), 8, cache_type="q5_1")
+
+
+def test_llama_cpp_that_does_not_report(runtime: LlamaRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "_notes", ("llama_context: flash_attn = enabled",))
+    with pytest.raises(VerifyError, match="does not say what memory"):
+        _ = runtime.memory
 
 
 @pytest.mark.parametrize(
