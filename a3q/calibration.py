@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import datetime
 import itertools
 import json
 import math
@@ -12,20 +11,17 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO
 
 import jinja2
 import torch
-from jinja2.ext import Extension
-from jinja2.nodes import Node
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from torch import Tensor
 
 from a3q.errors import InputError
 from a3q.model import Model, Tokenizer
 from a3q.perplexity import read_text
 from a3q.sampling import sample
+from converters.chat_template import compile_template
 
 SELF = "self"
 """The source that needs no data."""
@@ -348,42 +344,7 @@ class _Rows:
 
     @cached_property
     def _template(self) -> jinja2.Template:
-        if self.tokenizer.chat_template is None:
-            raise jinja2.TemplateError("it has none")
-        tokens = self.tokenizer.metadata["tokenizer.ggml.tokens"].value
-        ids = {"bos_token": self.tokenizer.bos_id, "eos_token": self.tokenizer.eos_id}
-        special = {name: "" if i is None else tokens[i] for name, i in ids.items()}
-        return _environment().from_string(self.tokenizer.chat_template, globals=special)
-
-
-class _Generation(Extension):
-    """`{% generation %}` marks what an assistant wrote and leaves the text as it is."""
-
-    tags = {"generation"}  # noqa: RUF012
-
-    def parse(self, parser: Parser) -> list[Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    """What chat templates expect, as transformers gives it; a template comes from a stranger, hence the sandbox."""
-
-    def raise_exception(message: str) -> NoReturn:
-        raise jinja2.TemplateError(message)
-
-    def to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-        # Jinja's own escapes HTML.
-        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = to_json
-    environment.globals["raise_exception"] = raise_exception
-    # Always the same day, so that the same input gives the same model.
-    environment.globals["strftime_now"] = datetime.datetime(2025, 1, 1).strftime
-    return environment
+        return compile_template(self.tokenizer)
 
 
 # Data sets by name
