@@ -7,11 +7,32 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from a3q.dimensions import Request
+from a3q.footprint import Footprint, Use
 from a3q.model import Model
-from a3q.pipeline import Reduced
+from a3q.ollama import OllamaOutcome
+from a3q.pipeline import Reduced, Settings
 from a3q.verify import Verification
 from converters.gguf_writer import WrittenFile
 from converters.hf_writer import WrittenFolder
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of a file that holds quantized ones."""
+
+    name: str
+    """In the file."""
+    layer: int | None
+    """None: outside the layers."""
+    short_name: str
+    """What it is called in every layer, such as `attn_q`."""
+    type: str
+    weights: int
+    bytes: int
+    loss: float | None
+    """Share of its output energy that rounding cost; None where it was not rounded or not measured. Weights that were
+    rounded together, such as those of q, k and v of one type, have theirs in common."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +47,8 @@ class Rounding:
     """Mean share of output energy that rounding cost the weights of each role; empty where it was not measured."""
     types: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     """Of each role, how many matrices are stored in which type; empty where all are alike."""
+    tensors: Sequence[StoredTensor] = ()
+    """All of the file in its order; empty for a folder."""
 
 
 def mean_losses(layers: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -52,6 +75,16 @@ class Result:
     """None where nothing is quantized."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Time of each stage."""
+    settings: Settings | None = None
+    """What the user asked for."""
+    use: Use | None = None
+    """How it is going to be run; None for a folder."""
+    footprints: Mapping[str, Footprint] = field(default_factory=dict)
+    """What running it takes, `before` and `after`; empty for a folder."""
+    ollama: OllamaOutcome | None = None
+    """What became of the model in Ollama; None where nothing was asked."""
+    reports: tuple[Path, ...] = ()
+    """HTML and JSON, where they were asked for."""
 
     @property
     def original(self) -> Model:
@@ -76,6 +109,7 @@ def stem_of(model: Model) -> str:
     return re.sub(r"[.-]I?Q\d\w*$|[.-](F|BF)(16|32)$", "", stem, flags=re.IGNORECASE)
 
 
-def mark(ratio: float) -> str:
+def mark(request: Request) -> str:
     """What a name says about the reduction."""
-    return f"-a3q{round(100 * ratio)}" if ratio > 0 else ""
+    kind = "kv" if request.cache_only else ""
+    return f"-a3q{kind}{round(100 * request.largest)}" if request.largest > 0 else ""
