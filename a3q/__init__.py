@@ -11,16 +11,24 @@ from a3q.errors import InputError, VerifyError
 
 if TYPE_CHECKING:
     from a3q.result import Result
+    from a3q.sweep_results import Sweep
+    from a3q.sweeps import sweep
     from a3q.to_folder import reduce_to_folder
     from a3q.to_gguf import convert
 
 __version__ = "0.1.0"
-__all__ = ["InputError", "Result", "VerifyError", "convert", "reduce_to_folder"]
+__all__ = ["InputError", "Result", "Sweep", "VerifyError", "convert", "reduce_to_folder", "sweep"]
 
 hf.register()
 
 
-_LAZY = {"Result": "a3q.result", "convert": "a3q.to_gguf", "reduce_to_folder": "a3q.to_folder"}
+_LAZY = {
+    "Result": "a3q.result",
+    "Sweep": "a3q.sweep_results",
+    "convert": "a3q.to_gguf",
+    "reduce_to_folder": "a3q.to_folder",
+    "sweep": "a3q.sweeps",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,6 +15,7 @@ from rich.console import Console
 from a3q.errors import InputError, VerifyError
 
 if TYPE_CHECKING:
+    from a3q.chat import Chat
     from a3q.families import Component
 
 # Read when PyTorch loads its OpenMP. Threads that spin while they wait take the core from the one that they wait for
@@ -32,7 +35,24 @@ _Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 _Model = Annotated[
     str | None, typer.Argument(help="Hugging Face folder, GGUF file or hub name; left out: the demo model.")
 ]
-_Ratio = Annotated[float, typer.Option(help="Share of the reduced components' parameters that goes, 0 to 0.9.")]
+_Ratio = Annotated[
+    float | None,
+    typer.Option(help="Share of the reduced components' parameters that goes, 0 to 0.9; 0.25 unless told."),
+]
+_Quant = Annotated[
+    str | None,
+    typer.Option(help="2bit to 6bit, 8bit, f16, or a type of llama.cpp such as Q4_K_M, Q4_0; 4bit unless told."),
+]
+_KVRatio = Annotated[
+    float | None, typer.Option(help="Share of the KV cache that goes away; nothing else is reduced without --ratio.")
+]
+_KVType = Annotated[str | None, typer.Option(help="Type of the cache it will run with: f16 (default), q8_0 or q4_0.")]
+_Context = Annotated[int | None, typer.Option(help="Tokens of context it will run with; all it was trained for.")]
+_Parallel = Annotated[int, typer.Option(help="Sequences at once, each with that context.")]
+_Fit = Annotated[
+    str | None, typer.Option(help="Choose ratio, types and cache for running in this much memory, such as 4GiB.")
+]
+_Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 _OwnRatio = Annotated[float | None, typer.Option(help="This component's own share, apart from --ratio.")]
 _Components = Annotated[str | None, typer.Option(help="What to reduce, of qk,ov,mlp; all the output can hold.")]
 _Ranks = Annotated[
@@ -50,6 +70,10 @@ _Force = Annotated[bool, typer.Option("--force", help="Replace an existing outpu
 _Pre = Annotated[str | None, typer.Option(help="llama.cpp's name of the pre-tokenizer, where a3q cannot tell.")]
 
 
+def _print_json(content: object) -> None:
+    sys.stdout.write(json.dumps(content, indent=2) + "\n")
+
+
 def _own(qk: float | None, ov: float | None, mlp: float | None) -> dict[Component, float]:
     """Components that were given a ratio of their own."""
     given: dict[Component, float | None] = {"QK": qk, "OV": ov, "MLP": mlp}
@@ -59,10 +83,8 @@ def _own(qk: float | None, ov: float | None, mlp: float | None) -> dict[Componen
 @app.command()
 def convert(
     model: _Model = None,
-    ratio: _Ratio = 0.25,
-    quant: Annotated[
-        str, typer.Option(help="2bit, 3bit, 4bit, 5bit, 6bit, 8bit, f16, or a type of llama.cpp such as Q4_K_M, Q4_0.")
-    ] = "4bit",
+    ratio: _Ratio = None,
+    quant: _Quant = None,
     quantizer: Annotated[
         str | None,
         typer.Option(help="gptq (default): error feedback; rtn: to the nearest, by importance; plain: no calibration."),
@@ -79,6 +101,12 @@ def convert(
     ratio_qk: _OwnRatio = None,
     ratio_ov: _OwnRatio = None,
     ratio_mlp: _OwnRatio = None,
+    kv_ratio: _KVRatio = None,
+    kv_type: _KVType = None,
+    ctx: _Context = None,
+    parallel: _Parallel = 1,
+    fit: _Fit = None,
+    plan: Annotated[Path | None, typer.Option(help="Do what a plan says, written by a3q plan -o.")] = None,
     ranks: _Ranks = None,
     method: _Method = "a3q",
     calib: _Calib = None,
@@ -86,6 +114,13 @@ def convert(
     seed: _Seed = 0,
     device: _Device = "auto",
     verify: Annotated[bool, typer.Option(help="Check the file in llama.cpp.")] = True,
+    split_max_size: Annotated[
+        str | None, typer.Option(help="Write several files with tensors of at most this size each, as 2G.")
+    ] = None,
+    ollama: Annotated[
+        str | None, typer.Option(help="Write a Modelfile, and make a model of this name in Ollama if it runs.")
+    ] = None,
+    report: Annotated[bool, typer.Option(help="Write OUT.report.html and OUT.report.json.")] = True,
     force: _Force = False,
     pre: _Pre = None,
 ) -> None:
@@ -108,6 +143,12 @@ def convert(
         output=output,
         components=parse_components(components),
         own_ratios=_own(ratio_qk, ratio_ov, ratio_mlp),
+        kv_ratio=kv_ratio,
+        kv_type=kv_type,
+        context=ctx,
+        parallel=parallel,
+        fit=None if fit is None else parse_size("--fit", fit),
+        plan=plan,
         ranks=ranks,
         method=method,
         calib=calib or ["self"],
@@ -115,6 +156,9 @@ def convert(
         seed=seed,
         device=device,
         verify_file=verify,
+        split_max_size=None if split_max_size is None else parse_size("--split-max-size", split_max_size),
+        ollama=ollama,
+        report=report,
         force=force,
         pre=pre,
         stages=shown_on(_errors),
@@ -123,9 +167,71 @@ def convert(
 
 
 @app.command()
+def sweep(
+    model: _Model = None,
+    ratios: Annotated[str, typer.Option(help="Shares that go, with commas between; 0 is always among them.")] = (
+        "0,0.1,0.2,0.3"
+    ),
+    quants: Annotated[str, typer.Option(help="Types of the weights, with commas between.")] = "8bit,4bit,3bit",
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for table, plot and figures.")] = None,
+    text: Annotated[Path | None, typer.Option(help="Text to take perplexity of; held-out calibration text.")] = None,
+    chunks: Annotated[int | None, typer.Option(help="Score only the first windows of 512 tokens of the text.")] = None,
+    ranks: _Ranks = None,
+    calib: _Calib = None,
+    calib_tokens: _CalibTokens = None,
+    seed: _Seed = 0,
+    device: _Device = "auto",
+    keep: Annotated[bool, typer.Option("--keep", help="Keep the GGUF files in the folder.")] = False,
+    force: _Force = False,
+    pre: _Pre = None,
+) -> None:
+    """Convert a model to many sizes and measure perplexity and speed of each, plain quantization among them."""
+    from rich.box import SIMPLE
+    from rich.markup import escape
+    from rich.table import Table
+
+    from a3q import sweep as run
+    from a3q.progress import shown_on
+    from a3q.sweep_results import FILES, HEADINGS, Measured, explanation, rows
+    from a3q.sweeps import default_folder, parse_ratios
+
+    def shown(point: Measured, number: int, count: int) -> None:
+        _errors.print(f"{number} of {count}: {point}: {point.bytes / 1e6:.1f} MB, perplexity {point.perplexity:.2f}")
+
+    folder = default_folder(model) if output is None else output
+    found = run(
+        model,
+        ratios=parse_ratios(ratios),
+        quants=[name.strip() for name in quants.split(",") if name.strip()],
+        output=folder,
+        text=text,
+        chunks=chunks,
+        ranks=ranks,
+        calib=calib or ["self"],
+        calib_tokens=calib_tokens,
+        seed=seed,
+        device=device,
+        keep=keep,
+        force=force,
+        pre=pre,
+        stages=shown_on(_errors),
+        on_point=shown,
+    )
+    table = Table(*HEADINGS, title=escape(found.name), title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0))
+    for column in table.columns[3:-1]:
+        column.justify = "right"
+    for row in rows(found):
+        table.add_row(*map(escape, row))
+    _output.print(table)
+    for line in (explanation(found), *found.verdict, *found.notes):
+        _output.print(line, markup=False, highlight=False)
+    _output.print(f"wrote {', '.join(str(folder / name) for name in FILES)}", markup=False, highlight=False)
+
+
+@app.command()
 def reduce(
     model: _Model = None,
-    ratio: _Ratio = 0.25,
+    ratio: _Ratio = None,
     dtype: Annotated[
         str | None, typer.Option(help="Type of the weights: bf16, f16 or f32; bf16, beside quantized ones f16.")
     ] = None,
@@ -141,6 +247,7 @@ def reduce(
     ratio_qk: _OwnRatio = None,
     ratio_ov: _OwnRatio = None,
     ratio_mlp: _OwnRatio = None,
+    kv_ratio: _KVRatio = None,
     ranks: _Ranks = None,
     method: _Method = "a3q",
     frequencies: Annotated[
@@ -152,6 +259,7 @@ def reduce(
     seed: _Seed = 0,
     device: _Device = "auto",
     verify: Annotated[bool, typer.Option(help="Check the folder in transformers.")] = True,
+    report: Annotated[bool, typer.Option(help="Write FOLDER.report.html and FOLDER.report.json.")] = True,
     force: _Force = False,
     pre: _Pre = None,
 ) -> None:
@@ -173,6 +281,7 @@ def reduce(
         output=output,
         components=parse_components(components),
         own_ratios=_own(ratio_qk, ratio_ov, ratio_mlp),
+        kv_ratio=kv_ratio,
         ranks=ranks,
         method=method,
         frequencies=frequencies,
@@ -181,6 +290,7 @@ def reduce(
         seed=seed,
         device=device,
         verify_output=verify,
+        report=report,
         force=force,
         pre=pre,
         stages=shown_on(_errors),
@@ -201,8 +311,8 @@ def imatrix(
 ) -> None:
     """Measure how strongly a model uses each input of its matrices, for llama-quantize --imatrix."""
     from a3q.progress import shown_on
-    from a3q.report import megabytes
     from a3q.to_imatrix import write_imatrix_for
+    from a3q.units import megabytes
 
     result = write_imatrix_for(
         model,
@@ -226,11 +336,71 @@ def imatrix(
 def inspect(
     file: Annotated[Path, typer.Argument(help="GGUF file or Hugging Face folder.")],
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
+    ctx: _Context = None,
+    kv_type: _KVType = None,
+    parallel: _Parallel = 1,
+    as_json: _Json = False,
 ) -> None:
-    """Show architecture, dimensions, types, sizes, KV cache bytes and provenance."""
-    from a3q.inspect import inspect_file, render
+    """Show architecture, dimensions, types, sizes, what running it takes, and provenance."""
+    from a3q.inspect import facts, inspect_file, render
 
-    _output.print(render(inspect_file(file), list_tensors=tensors))
+    found = inspect_file(file, ctx, "f16" if kv_type is None else kv_type, parallel)
+    if as_json:
+        _print_json(facts(found))
+    else:
+        _output.print(render(found, list_tensors=tensors))
+
+
+@app.command()
+def plan(
+    model: _Model = None,
+    ratio: _Ratio = None,
+    fit: _Fit = None,
+    kv_ratio: _KVRatio = None,
+    quant: _Quant = None,
+    kv_type: _KVType = None,
+    ctx: _Context = None,
+    parallel: _Parallel = 1,
+    components: _Components = None,
+    ratio_qk: _OwnRatio = None,
+    ratio_ov: _OwnRatio = None,
+    ratio_mlp: _OwnRatio = None,
+    ranks: _Ranks = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the plan, for convert --plan.")] = None,
+    as_json: _Json = False,
+    force: _Force = False,
+    pre: _Pre = None,
+) -> None:
+    """Tell from headers alone what a conversion comes to: bytes, KV cache, work, speed, and what the runtime takes."""
+    from a3q.asked import Asked
+    from a3q.choice import described, write_plan
+    from a3q.footprint_table import render_forecast
+    from a3q.gguf_types import TypeRequest
+    from a3q.pipeline import parse_components, parse_size
+    from converters.headers import open_header
+
+    asked = Asked(
+        ratio,
+        _own(ratio_qk, ratio_ov, ratio_mlp),
+        kv_ratio,
+        parse_components(components),
+        ranks,
+        quant,
+        kv_type,
+        ctx,
+        parallel,
+        None if fit is None else parse_size("--fit", fit),
+    )
+    asked.check()
+    settings = asked.settings()
+    request = TypeRequest(asked.quant_plan())
+    forecast = asked.forecast(open_header(model, pre), request, settings)
+    if output is not None:
+        write_plan(output, forecast, force)
+    if as_json:
+        _print_json(described(forecast))
+    else:
+        _output.print(render_forecast(forecast, output))
 
 
 @app.command("eval")
@@ -264,6 +434,72 @@ def evaluate(
         f"perplexity {result.value:.4f} ± {result.stderr:.4f} "
         f"({result.tokens_scored:,} tokens scored, {result.chunks} windows of {ctx})"
     )
+
+
+@app.command("run")
+def run_file(
+    file: Annotated[Path, typer.Argument(help="GGUF file; of a split one, any part.")],
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Answer this and end.")] = None,
+    tokens: Annotated[int, typer.Option("-n", help="Tokens of an answer, at most.")] = 256,
+    ctx: Annotated[
+        int | None, typer.Option(help="Tokens of the context; default what the model was trained for, at most 4096.")
+    ] = None,
+    kv_type: Annotated[str, typer.Option(help="Type of the key/value cache: f16, q8_0 or q4_0.")] = "f16",
+    system: Annotated[str | None, typer.Option(help="System message of the chat.")] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Complete the text, without the chat template.")] = False,
+    temp: Annotated[float, typer.Option(help="Temperature; 0 always takes the likeliest token.")] = 0.8,
+    seed: Annotated[int | None, typer.Option(help="Of the sampling; random unless given.")] = None,
+) -> None:
+    """Try a GGUF in llama.cpp: one answer to -p or standard input, or a chat (leave it with /exit or Ctrl-D)."""
+    from a3q.chat import Chat
+
+    with Chat(
+        file, n_ctx=ctx, cache_type=kv_type, system=system, raw=raw, temperature=temp, seed=seed, max_tokens=tokens
+    ) as chat:
+        if chat.raw and not raw:
+            _note(f"{file} has no chat template: text is completed as it is")
+        if prompt is not None or not sys.stdin.isatty():
+            _answer(chat, sys.stdin.read().removesuffix("\n") if prompt is None else prompt)
+        else:
+            _converse(chat)
+
+
+def _answer(chat: Chat, prompt: str) -> None:
+    """Show an answer as it comes, then what it took."""
+    try:
+        # Closed at once when it is interrupted, so that the chat knows what was said.
+        with closing(chat.answer(prompt)) as pieces:
+            for piece in pieces:
+                print(piece, end="", flush=True)
+    finally:
+        if chat.last is not None:
+            print(flush=True)
+            _note(str(chat.last))
+
+
+def _converse(chat: Chat) -> None:
+    with suppress(ImportError):  # not on Windows; makes `input` a line editor
+        import readline  # noqa: F401
+    while True:
+        try:
+            line = input("> " if sys.stdout.isatty() else "")
+        except EOFError:
+            print()
+            return
+        if line.strip() == "/exit":
+            return
+        if not line.strip():
+            continue
+        try:
+            _answer(chat, line)
+        except InputError as error:
+            _note(str(error))
+        except KeyboardInterrupt:
+            continue  # ends the answer, not the chat
+
+
+def _note(text: str) -> None:
+    _errors.print(text, style="dim", markup=False, highlight=False, soft_wrap=True)
 
 
 def main() -> None:

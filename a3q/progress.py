@@ -41,13 +41,19 @@ def shown_on(console: Console) -> Stages:
     return stage
 
 
-def share_of(advance: Advance) -> Callable[[int, int], None]:
-    """Progress in bytes done of all, as advances of one whole."""
+def to_share(advance: Advance) -> Callable[[float], None]:
+    """Progress as the share done of all, as advances of one whole."""
     done = 0.0
 
-    def progress(bytes_done: int, bytes_total: int) -> None:
+    def progress(share: float) -> None:
         nonlocal done
-        advance(bytes_done / bytes_total - done)
-        done = bytes_done / bytes_total
+        advance(share - done)
+        done = share
 
     return progress
+
+
+def share_of(advance: Advance) -> Callable[[int, int], None]:
+    """Progress in bytes done of all, as advances of one whole."""
+    to = to_share(advance)
+    return lambda bytes_done, bytes_total: to(bytes_done / bytes_total)

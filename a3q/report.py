@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -11,20 +10,13 @@ from rich.text import Text
 
 from a3q.dimensions import Plan, size_of
 from a3q.families import COMPONENTS
+from a3q.footprint import Use
+from a3q.footprint_table import command
 from a3q.model import Model
 from a3q.result import Result, Rounding
+from a3q.units import megabytes, span
 from a3q.verify import Quality
-
-
-def megabytes(size: float) -> str:
-    """Bytes in a unit that people read."""
-    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
-
-
-def sizes(values: Sequence[int]) -> str:
-    """One size, or the range of sizes that differ between layers."""
-    low, high = min(values), max(values)
-    return str(low) if low == high else f"{low} to {high}"
+from converters.gguf_writer import WrittenFile
 
 
 def render(result: Result) -> RenderableType:
@@ -36,11 +28,31 @@ def render(result: Result) -> RenderableType:
         parts.append(_quantization(result, result.rounding))
     if result.verification is not None:
         parts.append(_verified(result))
+    if result.use is not None:
+        parts.append(_running(result, result.use))
     parts += [Text(f"note: {note}", style="yellow") for note in result.notes]
+    if result.ollama is not None:
+        parts.append(Text(result.ollama.message))
+        parts += [Text(f"  {line}", style="bold") for line in result.ollama.commands]
     total = sum(result.seconds.values())
     parts.append(Text(f"{total:.0f} s: " + ", ".join(f"{k} {v:.0f}" for k, v in result.seconds.items()), style="dim"))
     parts.append(Text(f"wrote {result.path} ({megabytes(result.written.size)})", style="bold"))
+    if isinstance(result.written, WrittenFile):
+        files = zip(result.written.files, result.written.sha256, strict=True)
+        parts += [Text(f"sha256 {digest}  {path.name}", style="dim") for path, digest in files]
+    if result.reports:
+        parts.append(Text(f"report: {result.reports[0]}"))
     return Group(*parts)
+
+
+def _running(result: Result, use: Use) -> Text:
+    """How to start it, and what that takes."""
+    before, after = result.footprints["before"], result.footprints["after"]
+    return Text(
+        f"memory to run at {use.context:,} tokens{f' × {use.parallel}' if use.parallel > 1 else ''}: "
+        f"{megabytes(after.memory)} (before: {megabytes(before.memory)}), of which {megabytes(after.kv_bytes)} KV "
+        f"cache; {command(use, result.path.name)}"
+    )
 
 
 def _models(result: Result) -> Table:
@@ -94,7 +106,7 @@ def _components(result: Result) -> Table:
     plan, before, after = result.job.plan, result.original.config, result.reduced.config
     table = _table(f"reduction, {plan.asked:.1%} of the components asked", "", "from", "to", "gone")
     for component in COMPONENTS:
-        old, new = (sizes([size_of(shape, component) for shape in config.layers]) for config in (before, after))
+        old, new = (span([size_of(shape, component) for shape in config.layers]) for config in (before, after))
         table.add_row(f"{component}, inner size", old, new, f"{plan.per_component[component]:.1%}")
     reduced = " and ".join(c for c in COMPONENTS if c in plan.request.reduced)
     table.add_row("all components" if len(plan.request.reduced) == 3 else reduced, "", "", f"{plan.achieved:.1%}")
@@ -114,8 +126,8 @@ def _components(result: Result) -> Table:
 
 def _describe(plan: Plan) -> str:
     """Sizes of a plan in words."""
-    heads = sizes([one.qk_head_dim for one in plan.dimensions])
-    units = sizes([one.intermediate_size for one in plan.dimensions])
+    heads = span([one.qk_head_dim for one in plan.dimensions])
+    units = span([one.intermediate_size for one in plan.dimensions])
     return f"head size {heads}, MLP size {units}"
 
 

@@ -21,6 +21,7 @@ from a3q.gptq_folder import FolderQuant, FolderRounding
 from a3q.model import Model, pick_device
 from a3q.pipeline import Reduced, Settings, is_about_rounding, provenance, rounding_facts, run, timed
 from a3q.progress import Stages, share_of, silent
+from a3q.report_html import check_reports, write_reports
 from a3q.result import Result, Rounding, mark, mean_losses, stem_of
 from a3q.verify import Verification, gptq_runs, verify_folder
 from converters.hf_plain import plain_config
@@ -35,7 +36,7 @@ DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 def reduce_to_folder(
     model: str | Path | None = None,
     *,
-    ratio: float = 0.25,
+    ratio: float | None = None,
     dtype: str | None = None,
     quant: str | None = None,
     format: str | None = None,
@@ -45,6 +46,7 @@ def reduce_to_folder(
     output: str | Path | None = None,
     components: Iterable[Component] | None = None,
     own_ratios: Mapping[Component, float] | None = None,
+    kv_ratio: float | None = None,
     ranks: str | None = None,
     method: str = "a3q",
     frequencies: str = "per_head",
@@ -53,6 +55,7 @@ def reduce_to_folder(
     seed: int = 0,
     device: str = "auto",
     verify_output: bool = True,
+    report: bool = False,
     force: bool = False,
     pre: str | None = None,
     memory_budget: int | None = None,
@@ -67,7 +70,7 @@ def reduce_to_folder(
 
     Options as those of `a3q.to_gguf.convert`, but every size may differ between layers and between keys and values, and
     with `frequencies` `per_head` every key head keeps RoPE frequencies of its own. `shared` keeps one list and one head
-    size, which a GGUF can hold.
+    size, which a GGUF can hold. `report`: write one beside the folder.
     """
     request = FolderQuant.of(quant, format, group_size, symmetric, quantizer)
     dtype = (dtype or ("bf16" if request is None else "f16")).lower()
@@ -83,6 +86,7 @@ def reduce_to_folder(
         ratio=ratio,
         components=components,
         own_ratios=own_ratios,
+        kv_ratio=kv_ratio,
         ranks=ranks,
         method=method,
         calib=calib,
@@ -106,6 +110,8 @@ def reduce_to_folder(
         request.check(original)
     folder = Path(output) if output is not None else Path(_default_name(original, settings, request))
     check_output_folder(folder, force, original.source.path)
+    if report:
+        check_reports(folder, force)
     # Only with one head size in all layers can all of them keep the same frequencies.
     grid = replace(folder_grid(original.config), one_head_size=frequencies == "shared")
     how = Method(method, frequencies)
@@ -152,7 +158,7 @@ def reduce_to_folder(
     notes = [] if rounding is None else rounding.notes
     if verification is not None and verification.runtime == "a3q":
         notes = [*notes, _why_not_tried(request is not None)]
-    return Result(
+    result = Result(
         path=folder,
         job=reduced,
         written=written,
@@ -161,12 +167,14 @@ def reduce_to_folder(
         verification=verification,
         notes=(*reduced.notes, *notes, *written.notes),
         seconds=seconds,
+        settings=settings,
     )
+    return replace(result, reports=write_reports(result)) if report else result
 
 
 def _default_name(model: Model, settings: Settings, request: FolderQuant | None) -> str:
     """Of a folder in the current one: the source's without its type, the ratio, and the new type."""
-    name = f"{stem_of(model)}{mark(settings.request().largest)}"
+    name = f"{stem_of(model)}{mark(settings.request())}"
     return name if request is None else f"{name}-{request.type_name.replace(' ', '-')}"
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -11,31 +11,38 @@ from pathlib import Path
 import torch
 
 from a3q import __version__, runtime
+from a3q.asked import Asked
 from a3q.calibration import SELF
 from a3q.components import Method
-from a3q.dimensions import UNIT_STEP, Grid, gguf_grid
+from a3q.dimensions import HEADS, Grid, Request
 from a3q.errors import InputError, named
 from a3q.families import Component
+from a3q.footprint import Footprint, Use, footprint
+from a3q.forecast import Forecaster, check_cache, grid_for, stored_as
 from a3q.gguf_types import Settled, TypeRequest, TypeSettler
 from a3q.model import Model, pick_device
-from a3q.pipeline import Reduced, Settings, is_about_rounding, provenance, rounding_facts, run, timed
-from a3q.progress import Stages, share_of, silent
-from a3q.result import Result, Rounding, mark, mean_losses, stem_of
+from a3q.ollama import check_name, create_in_ollama
+from a3q.pipeline import Prepared, Reduced, Settings, is_about_rounding, provenance, rounding_facts, run, timed
+from a3q.progress import Stages, share_of, silent, to_share
+from a3q.report_html import check_reports, write_reports
+from a3q.result import Result, Rounding, StoredTensor, mark, mean_losses, stem_of
 from a3q.solve.grid import GRIDS
 from a3q.verify import Verification, allowed_kl, verify
+from converters import gguf_split
 from converters.budget import Limit
 from converters.gguf_keys import as_keys
 from converters.gguf_target import check_runtime
 from converters.gguf_writer import WrittenFile, check_output, header_size, write_gguf
+from converters.headers import Header, open_header
+from converters.modelfile import check_modelfile, write_modelfile
 from converters.open import open_model
-from converters.types import block_size, resolve_quant
 
 
 def convert(
     model: str | Path | None = None,
     *,
-    ratio: float = 0.25,
-    quant: str = "4bit",
+    ratio: float | None = None,
+    quant: str | None = None,
     quantizer: str | None = None,
     strict: bool = False,
     bits: float | None = None,
@@ -45,6 +52,12 @@ def convert(
     output: str | Path | None = None,
     components: Iterable[Component] | None = None,
     own_ratios: Mapping[Component, float] | None = None,
+    kv_ratio: float | None = None,
+    kv_type: str | None = None,
+    context: int | None = None,
+    parallel: int = 1,
+    fit: int | None = None,
+    plan: str | Path | None = None,
     ranks: str | None = None,
     method: str = "a3q",
     calib: str | Sequence[str] = SELF,
@@ -52,6 +65,9 @@ def convert(
     seed: int = 0,
     device: str = "auto",
     verify_file: bool = True,
+    split_max_size: int | None = None,
+    ollama: str | None = None,
+    report: bool = False,
     force: bool = False,
     pre: str | None = None,
     memory_budget: int | None = None,
@@ -59,23 +75,23 @@ def convert(
 ) -> Result:
     """Reduce `model` by `ratio`, quantize it, write it as GGUF, and check the file in llama.cpp.
 
-    `model`: a Hugging Face folder (a3q's own among them), a GGUF, a hub name, or None for the demo model.
-    `quant`: one of llama.cpp's types or mixes, or `4bit` and the like; `quantizer`: `gptq`, `rtn` or `plain`, see
+    `model`: a Hugging Face folder (a3q's own among them), a GGUF, a hub name, or None for the demo model. `ratio`: 0.25
+    unless told, and nothing beside `kv_ratio`, the share of the KV cache that is to go. `quant`: one of llama.cpp's
+    types or mixes, or `4bit` (the default) and the like; `quantizer`: `gptq`, `rtn` or `plain`, see
     `a3q.gguf_types.TypeRequest`; `strict`: InputError where a tensor's rows do not fit its type. `bits` (mean of a
     weight) or `size` (bytes of the file): choose the types within it instead; the last two types are of single tensors.
-    `components`: those to reduce, all that llama.cpp can hold unless told; `own_ratios` sets some apart. `ranks`:
-    `mixed` or `uniform`. `calib`: `self`, a text or jsonl file, a data set's name, or several of these, which share the
-    tokens evenly. `memory_budget`: bytes that reduced layers may take before they wait on disk, half of the free memory
-    unless told. InputError for what cannot be used, VerifyError for a file that is not as it should be.
+    `components`: those to reduce, all that llama.cpp can hold unless told; `own_ratios` sets some apart. `kv_type`: of
+    the cache that the file must start with; `context` (the trained one unless told) and `parallel`: how it will be run.
+    `fit`: bytes of memory that running it may take, for which everything else is chosen; `plan`: a file of `a3q plan`.
+    `ranks`: `mixed` or `uniform`. `calib`: `self`, a text or jsonl file, a data set's name, or several of these, which
+    share the tokens evenly. `split_max_size`: bytes of tensors in one file of several. `ollama`: name of the model to
+    make in Ollama. `report`: write one beside the file. `memory_budget`: bytes that reduced layers may take before they
+    wait on disk, half of the free memory unless told. InputError for what cannot be used, VerifyError for a file that
+    is not as it should be.
     """
-    plan = resolve_quant(quant).with_overrides(output_tensor_type, token_embedding_type)
-    request = TypeRequest(plan, quantizer, strict, _limit(bits, size))
-    request.check()
-    settings = Settings.of(
-        ratio=ratio,
-        components=components,
-        own_ratios=own_ratios,
-        ranks=ranks,
+    asked = Asked(ratio, own_ratios, kv_ratio, components, ranks, quant, kv_type, context, parallel, fit, plan)
+    asked.check(bits is not None or size is not None)
+    settings = asked.settings(
         method=method,
         calib=calib,
         calib_tokens=calib_tokens,
@@ -83,9 +99,17 @@ def convert(
         device=device,
         memory_budget=memory_budget,
     )
-    torch_device = pick_device(device)
+    overrides = output_tensor_type, token_embedding_type
+    request = TypeRequest(asked.quant_plan(*overrides), quantizer, strict, _limit(bits, size))
+    request.check()
+    if split_max_size is not None:
+        gguf_split.check_limit(split_max_size)
+    if ollama is not None:
+        check_name(ollama, split_max_size is not None)
+    pick_device(device)
+    split = split_max_size is not None
     if output is not None:
-        check_output(Path(output), force)
+        _check_outputs(Path(output), split, ollama is not None, report, force)
     seconds: dict[str, float] = {}
     stages = timed(stages, seconds)
     notes: list[str] = []
@@ -93,41 +117,104 @@ def convert(
         verify_file = False
         notes.append('not verified: llama.cpp is not installed; pip install "a3q[verify]" to check written files')
 
+    header = open_header(model, pre)
+    settings, request, use = asked.settled(header, request, settings)
     original = open_model(model, pre)
     check_runtime(original)
-    # A type chosen within a limit may be any, of which most have blocks of 32.
-    grid = gguf_grid(original.family, original.config, UNIT_STEP if request.limit else block_size(plan.matrix))
+    path = Path(output) if output is not None else Path(default_name(original, settings.request(), request))
+    _check_outputs(path, split, ollama is not None, report, force)
+    result = convert_opened(original, header, settings, request, use, path, verify_file, split_max_size, None, stages)
+    result = replace(result, notes=(*notes, *result.notes), seconds=seconds)
+    if ollama is not None:
+        result = _into_ollama(ollama, result, use, force, stages)
+    if report:
+        result = replace(result, reports=write_reports(result))
+    return result
+
+
+def convert_opened(
+    original: Model,
+    header: Header,
+    settings: Settings,
+    request: TypeRequest,
+    use: Use,
+    path: Path,
+    verify_file: bool,
+    split_max_size: int | None,
+    prepared: Prepared | None,
+    stages: Stages,
+) -> Result:
+    """`convert` for a model that is open, with everything settled; what is in `prepared` is not done again.
+
+    `path` is replaced if it is there.
+    """
+    grid = grid_for(original, request, use.cache_type)
     _check_method(original, settings, grid)
-    path = Path(output) if output is not None else Path(default_name(original, settings.request().largest, request))
-    check_output(path, force)
+    if not settings.request().reduced & HEADS & grid.components:
+        check_cache(original.config, use.cache_type, grid.components >= HEADS)
     # One list of frequencies for all heads is what a stock runtime holds.
-    how = Method(method, "shared")
-    settler = TypeSettler(original, request, bool(settings.request().groups()), header_size)
+    how = Method(settings.method, "shared")
+    reducing, cache_only = bool(settings.request().groups()), settings.request().cache_only
+    settler = TypeSettler(original, request, reducing, header_size, cache_only)
     settler.check()
-    reduced = run(original, settings, grid, how, verify_file, stages, settler)
+    reduced = run(original, settings, grid, how, verify_file, stages, settler, prepared)
     assert settler.settled is not None
+    check_cache(reduced.model.config, use.cache_type)
 
     # Whatever fails from here on, nothing stands under the final name.
-    unverified = path.with_name(f".{path.name}.{os.getpid()}.unverified")
-    try:
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".unverified", dir=path.parent) as folder:
+        unverified = Path(folder) / path.name
+        verification = None
         with named(unverified, path):
-            written = _write(reduced, settler, settings, unverified, stages)
-            verification = None
+            written = _write(reduced, settler, settings, unverified, split_max_size, stages)
             if verify_file:
-                verification = _verify(reduced, settler.settled, unverified, torch_device, stages)
-            unverified.replace(path)
-    finally:
-        unverified.unlink(missing_ok=True)
+                with named(written.path, path):
+                    device = pick_device(settings.device)
+                    verification = _verify(reduced, settler.settled, written.path, device, stages)
+        split = split_max_size is not None
+        files = gguf_split.place(written.files, path) if split else (written.path.replace(path),)
     return Result(
-        path=path,
+        path=files[0],
         job=reduced,
-        written=replace(written, path=path),
+        written=replace(written, path=files[0], files=files),
         type_name=_type_name(request),
         rounding=_rounding(reduced, settler.settled),
         verification=verification,
-        notes=(*notes, *reduced.notes, *written.notes),
-        seconds=seconds,
+        notes=(*reduced.notes, *written.notes),
+        settings=settings,
+        use=use,
+        footprints=_footprints(header, reduced, settler.settled, written.size, use),
     )
+
+
+def _check_outputs(path: Path, split: bool, ollama: bool, report: bool, force: bool) -> None:
+    """InputError for anything that stands in the way of what is to be written."""
+    check_output(path, force, split)
+    if ollama:
+        check_modelfile(path, force)
+    if report:
+        check_reports(path, force)
+
+
+def _into_ollama(name: str, result: Result, use: Use, force: bool, stages: Stages) -> Result:
+    """Write the Modelfile, and make the model in the server if one answers."""
+    model = result.original
+    modelfile = write_modelfile(
+        result.path, model.tokenizer, model.metadata, model.source.path, context=use.context, force=force
+    )
+    written = result.written
+    assert isinstance(written, WrittenFile)
+    with stages("create in Ollama", 1.0) as advance:
+        outcome = create_in_ollama(name, result.path, modelfile, to_share(advance), digest=written.sha256[0])
+    return replace(result, ollama=outcome, notes=(*result.notes, *modelfile.notes))
+
+
+def _footprints(header: Header, reduced: Reduced, settled: Settled, size: int, use: Use) -> dict[str, Footprint]:
+    """What running it takes, before and after."""
+    model = reduced.model
+    stored = [stored_as(entry, settled.types) for entry in settled.tensors]
+    after = footprint(model.family, model.config, stored, size, model.parameters(), use)
+    return {"before": Forecaster(header).before(use), "after": after}
 
 
 def _limit(bits: float | None, size: int | None) -> Limit | None:
@@ -143,22 +230,30 @@ def _type_name(request: TypeRequest) -> str:
     return f"{limit.bits:g}bpw" if limit.bits is not None else "mixed"
 
 
-def default_name(model: Model, ratio: float, request: TypeRequest) -> str:
-    """File name in the current folder: the source's without its type, the ratio, and the new type."""
-    return f"{stem_of(model)}{mark(ratio)}-{_type_name(request)}.gguf"
+def default_name(model: Model, reduction: Request, request: TypeRequest) -> str:
+    """File name in the current folder: the source's without its type, what goes, and the new type."""
+    return f"{stem_of(model)}{mark(reduction)}-{_type_name(request)}.gguf"
 
 
 def _rounding(reduced: Reduced, settled: Settled) -> Rounding | None:
     types: dict[str, Counter[str]] = defaultdict(Counter)
+    tensors, losses = [], reduced.reduction.rounding_losses
     for entry in settled.tensors:
-        kind = settled.types.kinds[entry.name].name
-        if len(entry.shape) > 1 and kind.lower() in GRIDS:
+        kind = settled.types.kinds[entry.name]
+        loss = None
+        if len(entry.shape) > 1 and kind.name.lower() in GRIDS:
             for role in entry.roles:
-                types[role.name][kind] += 1
+                types[role.name][kind.name] += 1
+            if entry.layer is not None and losses:
+                # The roles of one tensor have one type, so they were rounded together.
+                loss = losses[entry.layer].get(entry.roles[0].name)
+        tensors.append(
+            StoredTensor(entry.name, entry.layer, entry.short_name, kind.name, entry.weights, entry.bytes(kind), loss)
+        )
     if not types:
         return None
-    losses = mean_losses(reduced.reduction.rounding_losses)
-    return Rounding(settled.quantizer, settled.types.bits_per_weight(settled.tensors), losses, types)
+    bits = settled.types.bits_per_weight(settled.tensors)
+    return Rounding(settled.quantizer, bits, mean_losses(losses), types, tensors)
 
 
 def _check_method(model: Model, settings: Settings, grid: Grid) -> None:
@@ -170,7 +265,9 @@ def _check_method(model: Model, settings: Settings, grid: Grid) -> None:
         )
 
 
-def _write(reduced: Reduced, settler: TypeSettler, settings: Settings, path: Path, stages: Stages) -> WrittenFile:
+def _write(
+    reduced: Reduced, settler: TypeSettler, settings: Settings, path: Path, split_max_size: int | None, stages: Stages
+) -> WrittenFile:
     settled, plan = settler.settled, settler.request.plan
     assert settled is not None
     facts = {
@@ -198,6 +295,7 @@ def _write(reduced: Reduced, settler: TypeSettler, settings: Settings, path: Pat
             progress=share_of(advance),
             types=settled.types,
             packed=settler.packed(reduced.reduction),
+            split_max_size=split_max_size,
         )
 
 

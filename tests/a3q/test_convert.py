@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from a3q import InputError, Result, VerifyError, __version__, convert, pipeline, reduce_to_folder, runtime, to_gguf
+from a3q.dimensions import Request
 from a3q.forward import hidden_states, output_logits
 from a3q.gguf_types import TypeRequest
 from a3q.model import Model
@@ -287,7 +288,7 @@ def test_provenance_survives_a_second_conversion(sources: dict[str, Path], tmp_p
     first = reduced(sources["qwen2"], tmp_path / "first.gguf", verify_file=False).result
     second = convert(first.path, ratio=0, quant="q8_0", output=tmp_path / "second.gguf", device="cpu").path
     assert open_gguf(second).config == open_gguf(first.path).config
-    assert value(second, "a3q.source.sha256") == [first.written.sha256]
+    assert value(second, "a3q.source.sha256") == list(first.written.sha256)
     assert value(second, "a3q.quantization") == "q8_0"
     for key in ("ratio", "ratio_achieved", "qk_head_dim", "calibration.tokens"):
         assert value(second, f"a3q.{key}") == value(first.path, f"a3q.{key}") > 0
@@ -340,7 +341,8 @@ def test_checking_changes_nothing(run: Run, tmp_path: Path) -> None:
     assert unchecked.result.verification is None
     assert unchecked.stages.titles[-1] == "write"
     assert unchecked.result.path.read_bytes() == run.result.path.read_bytes()
-    assert unchecked.result.written == replace(run.result.written, path=unchecked.result.path)
+    path = unchecked.result.path
+    assert unchecked.result.written == replace(run.result.written, path=path, files=(path,))
 
 
 # Choices
@@ -385,11 +387,13 @@ def test_without_llama_cpp(sources: dict[str, Path], tmp_path: Path, monkeypatch
 def test_default_name(sources: dict[str, Path], source: str, ratio: float, quant: str, name: str) -> None:
     model, request = open_model(sources["llama"]), TypeRequest(resolve_quant(quant))
     named = replace(model, source=replace(model.source, path=Path("some") / source, format="gguf"))
-    assert default_name(named, ratio, request) == name
-    assert default_name(model, ratio, request).startswith("llama-")
+    asked = Request(ratio)
+    assert default_name(named, asked, request) == name
+    assert default_name(model, asked, request).startswith("llama-")
     cached = Path("hub") / "models--org--Smol-135M" / "snapshots" / "0123abcd"
     model = replace(model, source=replace(model.source, path=cached))
-    assert default_name(model, ratio, request).startswith("Smol-135M-")
+    assert default_name(model, asked, request).startswith("Smol-135M-")
+    assert "-a3qkv50-" in default_name(model, Request(0.0, kv=0.5), request)
 
 
 def test_default_output_is_in_the_current_folder(

@@ -12,7 +12,8 @@ import pytest
 from rich.console import Console
 
 from a3q import Result, convert, reduce_to_folder, runtime
-from a3q.report import megabytes, render, sizes
+from a3q.report import render
+from a3q.units import megabytes, span
 from tests.pico import corpus, write_model
 
 CALIB: dict[str, Any] = {"calib_tokens": 1024, "device": "cpu"}
@@ -58,7 +59,7 @@ def test_sizes_in_units_that_people_read() -> None:
 
 
 def test_ranges() -> None:
-    assert (sizes([8, 8]), sizes([8, 4, 6])) == ("8", "4 to 8")
+    assert (span([8, 8]), span([8, 4, 6])) == ("8", "4 to 8")
 
 
 def test_mixed(mixed: Result) -> None:
@@ -68,8 +69,8 @@ def test_mixed(mixed: Result) -> None:
     assert mixed.verification is not None
     for part in (
         "reduction, 25.0% of the components asked",
-        sizes(heads),
-        sizes(units),
+        span(heads),
+        span(units),
         f"{plan.achieved:.1%}",
         f"{mixed.original.parameters():,}",
         f"{mixed.reduced.parameters():,}",
