@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from typing import Any
 from a3q.dimensions import HEADS
 from a3q.errors import InputError
 from a3q.families import COMPONENTS, Component
+from a3q.files import write_whole
 from a3q.footprint import Use
 from a3q.forecast import Forecast
 from a3q.model import Model
@@ -87,15 +86,7 @@ def write_plan(path: Path, forecast: Forecast, force: bool) -> None:
         raise InputError(f"{path}: is a folder; give the name of a file in it")
     if path.exists() and not force:
         raise InputError(f"{path}: exists already; use --force to replace it")
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_text(json.dumps(described(forecast), indent=2) + "\n", encoding="utf-8")
-        part.replace(path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error.strerror}") from error
-    finally:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
+    write_whole(path, json.dumps(described(forecast), indent=2) + "\n")
 
 
 def read_plan(path: Path, model: Model) -> Choice:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from a3q.footprint import BACKENDS, Footprint, Use
+from a3q.footprint import BACKENDS, VECTORS, Footprint, Use
 from a3q.units import megabytes, operations, span
 
 if TYPE_CHECKING:
@@ -64,6 +64,7 @@ def _rows(footprints: Sequence[Footprint]) -> list[tuple[str, _Cell, Callable[[F
         ("work of a generated token", lambda one: operations(one.generation_flops), lambda one: one.generation_flops),
         ("read for a generated token", lambda one: megabytes(one.generation_bytes), lambda one: one.generation_bytes),
         *((f"flash attention on {name}", _takes(name), None) for name in BACKENDS),
+        ("CPU attention at full speed", lambda one: _named(one.vectorized, VECTORS), None),
         ("cache of type q8_0, q4_0", lambda one: _yes(one.quantized_cache), None),
     ]
 
@@ -80,6 +81,10 @@ def _type_rows(footprints: Sequence[Footprint]) -> list[tuple[str, _Cell, None]]
         return of
 
     return [(f"  {kind}, tensors", cell(kind), None) for kind in kinds]
+
+
+def _named(some: Sequence[str], of: Iterable[str]) -> str:
+    return "all" if set(some) == set(of) else ", ".join(some) or "none"
 
 
 def _takes(backend: str) -> _Cell:

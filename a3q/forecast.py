@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 
 from a3q import cache, predict
 from a3q.components import Method
-from a3q.dimensions import HEADS, UNIT_STEP, Grid, Plan, all_sizes, gguf_grid, settle, unreduced
+from a3q.dimensions import HEADS, UNIT_STEP, Grid, Plan, Request, all_sizes, gguf_grid, settle, unreduced
 from a3q.errors import InputError
 from a3q.families import COMPONENTS, Component
-from a3q.footprint import CACHE_BLOCK, Footprint, Speedup, TensorInfo, Use, can_quantize_cache, footprint
+from a3q.footprint import CACHE_BLOCK, Footprint, Speedup, TensorInfo, Use, can_quantize_cache, footprint, limits
 from a3q.gguf_types import MOVED, TypeRequest
 from a3q.model import Model, ModelConfig
 from a3q.noise import Costs, matrices_of
@@ -27,6 +27,8 @@ from converters.types import QuantPlan, block_size
 
 _SAID = 4 << 10
 """Bytes that a file says about its making."""
+KV_TOLERANCE = 0.13
+"""Of the share of the cache that is to go: what is possible may differ from what is asked by so much."""
 _TOKEN_BYTES = 48
 """Of a file for a token of the vocabulary, where the tokenizer is not known: SmolLM2's takes 36, Llama 3's 61."""
 
@@ -128,6 +130,7 @@ class Forecaster:
         model, config = self.header.model, self.header.model.config
         grid = settings.on(grid_for(model, types, use.cache_type))
         request, note = settle(settings.request(), grid, model.family, settings.components is not None)
+        check_kv_ratio(model, request, grid)
         notes = [note] if note is not None and request.ratio > 0 else []
         reduced = [c for c in COMPONENTS if c in request.reduced]
         found, measured = known or self.sensitivities(grid, reduced, request.largest)
@@ -139,6 +142,7 @@ class Forecaster:
         check_cache(smaller.config, use.cache_type, grid.components >= HEADS)
         settled, stored = self._stored(smaller, types, request.cache_only)
         size = sum(padded(tensor.bytes) for tensor in stored) + self._overhead
+        before = self.before(use)
         after = footprint(model.family, smaller.config, stored, size, smaller.parameters(), use)
         prediction = Prediction(
             predict.reduction_cost(plan, config, found),
@@ -154,11 +158,11 @@ class Forecaster:
             types=types,
             use=use,
             plan=plan,
-            before=self.before(use),
+            before=before,
             after=after,
             prediction=prediction,
             grid=_grid_in_words(config, grid),
-            notes=(*notes, *settled.notes, *_cache_notes(after), *self._source_notes(use)),
+            notes=(*notes, *settled.notes, *limits(before, after), *self._source_notes(use)),
         )
 
     def rounding(self, types: TypeRequest, reducing: bool) -> float | None:
@@ -218,6 +222,19 @@ def check_cache(config: ModelConfig, cache_type: str, shrinkable: bool = True) -
     )
 
 
+def check_kv_ratio(model: Model, request: Request, grid: Grid) -> None:
+    """InputError where no head size of the grid comes near the share of the cache that is to go."""
+    if request.kv is None or not grid.one_head_size or "QK" not in grid.components:
+        return
+    shape = model.config.layers[0]
+    shares = [1 - size / shape.qk_head_dim for size in grid.sizes(model.config, shape, "QK")]
+    if min(abs(share - request.kv) for share in shares) > KV_TOLERANCE:
+        raise InputError(
+            f"--kv-ratio {request.kv:g}: with these types of weights and cache the ratio can be "
+            f"{', '.join(f'{share:.2g}' for share in reversed(shares))}; --quant f16 leaves the most choice"
+        )
+
+
 def stored_as(entry: Entry, types: Types) -> TensorInfo:
     """A tensor of a file as its type makes it."""
     kind = types.kinds[entry.name]
@@ -235,15 +252,3 @@ def _grid_in_words(config: ModelConfig, grid: Grid) -> str:
     step = max(grid.unit_step, grid.unit_block)
     parts.append(f"MLP in steps of {step}{'' if grid.mixed_units else ', all layers alike'}")
     return "; ".join(parts)
-
-
-def _cache_notes(after: Footprint) -> list[str]:
-    if after.cache_type == "f16":
-        return []
-    missing = [name for name in ("CUDA", "Metal", "Vulkan") if name not in after.flash_attention]
-    if not missing:
-        return []
-    return [
-        f"a {after.cache_type} cache needs flash attention, which {', '.join(missing)} has not for heads of "
-        f"{', '.join(map(str, after.head_sizes))}; there it runs on the CPU"
-    ]

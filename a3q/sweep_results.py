@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 from a3q.errors import InputError
+from a3q.files import write_whole
 from a3q.perplexity import Perplexity
 from a3q.plots import Point, size_against_perplexity, to_svg
 from a3q.units import megabytes
@@ -159,14 +159,7 @@ def write(found: Sweep, folder: Path) -> None:
     }
     texts = (json.dumps(figures, indent=1) + "\n", markdown(found), plot(found))
     for name, content in zip(FILES, texts, strict=True):
-        part = folder / f".{name}.{os.getpid()}.part"
-        try:
-            part.write_text(content, encoding="utf-8")
-            part.replace(folder / name)
-        except OSError as error:
-            raise InputError(f"{folder / name}: cannot be written: {error.strerror}") from error
-        finally:
-            part.unlink(missing_ok=True)
+        write_whole(folder / name, content)
 
 
 HEADINGS = ("reduced", "rounding", "type", "MB", "perplexity", "KL", "prompt", "gen.", "KV", "front")

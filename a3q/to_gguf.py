@@ -17,8 +17,8 @@ from a3q.components import Method
 from a3q.dimensions import HEADS, Grid, Request
 from a3q.errors import InputError, named
 from a3q.families import Component
-from a3q.footprint import Footprint, Use, footprint
-from a3q.forecast import Forecaster, check_cache, grid_for, stored_as
+from a3q.footprint import Footprint, Use, footprint, limits
+from a3q.forecast import Forecaster, check_cache, check_kv_ratio, grid_for, stored_as
 from a3q.gguf_types import Settled, TypeRequest, TypeSettler
 from a3q.model import Model, pick_device
 from a3q.ollama import check_name, create_in_ollama
@@ -150,6 +150,7 @@ def convert_opened(
     """
     grid = grid_for(original, request, use.cache_type)
     _check_method(original, settings, grid)
+    check_kv_ratio(original, settings.request(), grid)
     if not settings.request().reduced & HEADS & grid.components:
         check_cache(original.config, use.cache_type, grid.components >= HEADS)
     # One list of frequencies for all heads is what a stock runtime holds.
@@ -173,6 +174,7 @@ def convert_opened(
                     verification = _verify(reduced, settler.settled, written.path, device, stages)
         split = split_max_size is not None
         files = gguf_split.place(written.files, path) if split else (written.path.replace(path),)
+    footprints = _footprints(header, reduced, settler.settled, written.size, use)
     return Result(
         path=files[0],
         job=reduced,
@@ -180,10 +182,10 @@ def convert_opened(
         type_name=_type_name(request),
         rounding=_rounding(reduced, settler.settled),
         verification=verification,
-        notes=(*reduced.notes, *written.notes),
+        notes=(*reduced.notes, *written.notes, *limits(footprints["before"], footprints["after"])),
         settings=settings,
         use=use,
-        footprints=_footprints(header, reduced, settler.settled, written.size, use),
+        footprints=footprints,
     )
 
 

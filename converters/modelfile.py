@@ -5,7 +5,6 @@ How texts are quoted and which characters survive is what Ollama's own parser do
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from gguf import TokenType
 from gguf.gguf_writer import GGUFValue
 
 from a3q.errors import InputError
+from a3q.files import write_whole
 from a3q.model import Tokenizer
 from converters.ollama_template import ChatFormat, UnprovenTemplateError, derive_template
 from converters.vocabulary import Vocabulary
@@ -85,14 +85,7 @@ def write_modelfile(
     made = Modelfile(
         modelfile_path(gguf), template, stop_texts(tokenizer, chat), context, license_text(metadata, source), notes
     )
-    part = made.path.with_name(f".{made.path.name}.{os.getpid()}.part")
-    try:
-        part.write_text(_text(made, gguf), encoding="utf-8", newline="\n")
-        part.replace(made.path)
-    except OSError as error:
-        raise InputError(f"{made.path}: cannot be written: {error.strerror}") from error
-    finally:
-        part.unlink(missing_ok=True)
+    write_whole(made.path, _text(made, gguf))
     return made
 
 

@@ -25,6 +25,7 @@ from a3q.footprint import (
     element_bytes,
     flash_attention_backends,
     footprint,
+    limits,
     totals,
 )
 from a3q.footprint_table import command, comparison
@@ -277,3 +278,28 @@ def test_table_of_one_and_of_two(ggufs: dict[str, Path]) -> None:
     assert cells["flash attention on CUDA"] == ["no", "no", ""]
     assert cells["cache of type q8_0, q4_0"] == ["yes", "yes", ""]
     assert math.isclose(other.kv_bytes / one.kv_bytes, 17 / 16)
+
+
+@pytest.mark.parametrize(
+    ("head", "kind", "vectorized"),
+    [
+        (64, "f16", ("AVX-512", "AVX2", "ARM")),
+        (32, "f16", ("AVX2", "ARM")),
+        (48, "f16", ()),
+        (32, "q8_0", ("AVX-512", "AVX2", "ARM")),
+    ],
+)
+def test_heads_that_vector_units_take(tmp_path: Path, head: int, kind: str, vectorized: tuple[str, ...]) -> None:
+    header = open_header(write_model(tmp_path / "m", head_dim=head))
+    assert of(header, Use(256, kind)).vectorized == vectorized
+
+
+def test_what_a_smaller_head_loses(tmp_path: Path) -> None:
+    before = of(open_header(write_model(tmp_path / "whole", head_dim=64)), Use(256))
+    small = open_header(write_model(tmp_path / "small", head_dim=32))
+    assert limits(before, before) == []
+    cuda, vectors = limits(before, of(small, Use(256)))
+    assert cuda == "CUDA has no flash attention for heads of 32"
+    assert vectors.startswith("heads of 32 are no multiple of 64 (AVX-512), which")
+    [one] = limits(before, of(small, Use(256, "q8_0")))
+    assert one.startswith("a q8_0 cache needs flash attention, which CUDA has not for heads of 32")

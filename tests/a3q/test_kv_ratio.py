@@ -125,13 +125,19 @@ def test_sizes_on_the_grid(sources: dict[str, Path], text: str, tmp_path: Path, 
     assert head_sizes(open_model(result.path).config) == {size}
 
 
-@pytest.mark.parametrize(("ratio", "size"), [(0.05, 32), (0.5, 32), (0.9, 32)])
+@pytest.mark.parametrize(("ratio", "size"), [(0.05, 64), (0.4, 32), (0.6, 32)])
 def test_sizes_for_a_quantized_cache(
     sources: dict[str, Path], text: str, tmp_path: Path, ratio: float, size: int
 ) -> None:
-    """64 stays as it is only where it is nearer than 32."""
     result = run(sources["llama"], tmp_path / "m.gguf", text, kv_ratio=ratio, kv_type="q8_0")
-    assert head_sizes(open_model(result.path).config) == {64 if ratio < 0.25 else size}
+    assert head_sizes(open_model(result.path).config) == {size}
+
+
+@pytest.mark.parametrize("ratio", [0.2, 0.25, 0.9])
+def test_ratio_that_no_size_comes_near(sources: dict[str, Path], text: str, tmp_path: Path, ratio: float) -> None:
+    with pytest.raises(InputError, match=rf"--kv-ratio {ratio}: .* the ratio can be 0, 0\.5"):
+        run(sources["llama"], tmp_path / "m.gguf", text, kv_ratio=ratio, kv_type="q8_0")
+    assert not list(tmp_path.iterdir())
 
 
 @needs_llama_cpp

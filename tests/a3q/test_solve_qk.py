@@ -169,14 +169,14 @@ class Heads:
             self.frequencies = FREQUENCIES * torch.linspace(1, 2, lists, dtype=torch.float64)[:, None]
         self.kept = SHARED.expand(G, -1)
 
-    def solve(self, sweeps: int = 12) -> QKSolution:
-        return solve_pairs(moment(self.q), moment(self.k), self.P, self.frequencies, self.kept, sweeps)
+    def solve(self, sweeps: int = 12, reach: int = 0) -> QKSolution:
+        return solve_pairs(moment(self.q), moment(self.k), self.P, self.frequencies, self.kept, sweeps, reach)
 
     def error(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         """Lost and whole energy by enumeration of queries × keys × distances, for `A` `[H, R, m]`, `B` `[G, R, m]`."""
         each = self.H // self.G
         own = self.frequencies.expand(self.G, M)
-        wave = torch.exp(1j * own[..., None] * torch.arange(T))
+        wave = torch.exp(1j * own[..., None] * torch.arange(self.P.shape[-1]))
         wave_new = wave.take_along_dim(self.kept[..., None], 1)
         wave, wave_new = (x.repeat_interleave(each, 0) for x in (wave, wave_new))
         q, k = as_complex(self.q), as_complex(self.k)
@@ -499,3 +499,26 @@ def test_the_split_follows_the_strength() -> None:
 def test_heads_without_rope_have_no_pairs_to_keep() -> None:
     C = moment(rows(2, 40, D, seed=58))
     assert split_dimensions(C, C, 0, 5) == (0, 5)
+
+
+# Distances beyond the calibration text
+
+
+def test_far_characteristic_is_that_of_its_distances() -> None:
+    reach = qk._CHUNK + 100
+    share = 1 / (1 + torch.arange(reach, dtype=torch.float64))
+    [wanted] = characteristic((share / share.sum())[None], FREQUENCIES[None])
+    torch.testing.assert_close(qk.far_characteristic(tuple(FREQUENCIES.tolist()), reach), wanted, rtol=0, atol=1e-7)
+
+
+@GROUPINGS
+def test_scores_hold_beyond_the_distances_that_were_seen(H: int, G: int) -> None:
+    """The error at distances that the text lacks falls, and that at the others rises by little."""
+    seen, unseen = Heads(H, G), Heads(H, G)
+    reach = 40 * T
+    share = 1 / (1 + torch.arange(reach, dtype=torch.float64))
+    unseen.P = (share / share.sum()).expand(H, -1)
+    near, far = seen.solve(), seen.solve(reach=reach)
+    assert unseen.lost(far) < 0.9 * unseen.lost(near)
+    assert seen.lost(near) <= seen.lost(far) < 1.5 * seen.lost(near)
+    assert far.lost == pytest.approx((1 - qk.FAR) * seen.lost(far) + qk.FAR * unseen.lost(far), rel=1e-6)
