@@ -228,7 +228,7 @@ def test_split_files(talks: Path, tmp_path: Path, says: Callable[..., list[list[
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"cache_type": "q5_1"}, "--kv-type q5_1: choose one of f16, q8_0, q4_0"),
+        ({"cache_type": "q5_1"}, "--kv-type q5_1: give f16, q8_0, q4_0"),
         ({"temperature": -1.0}, "--temp -1"),
         ({"temperature": float("nan")}, "--temp nan"),
         ({"seed": -1}, "--seed -1"),

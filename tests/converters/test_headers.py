@@ -26,6 +26,12 @@ IN_GGUF = [kind for kind in KINDS if kind != "opt"]
 
 
 @pytest.fixture(autouse=True)
+def nothing_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder without weights is not known again, and would be planned by rule where the whole one is not."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture(autouse=True)
 def no_weight_is_read(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """Whatever reads a weight, or a layer, fails; tests that write models take `weights`."""
     if "weights" in request.fixturenames:
