@@ -532,7 +532,7 @@ def _advice(original: Model, reduced: Model, plan: Plan, calibration: Calibratio
     heads = {"QK", "OV"} & plan.request.reduced
     if heads and reduced.config.kv_bytes_per_token() == original.config.kv_bytes_per_token():
         advice.append(
-            "the KV cache stays as large: the parameters were saved elsewhere than in the heads; --ratio-qk and "
-            "--ratio-ov make them shrink"
+            "the KV cache stays as large: the parameters were saved elsewhere than in the heads; --kv-ratio makes "
+            "it shrink"
         )
     return advice

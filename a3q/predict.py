@@ -44,7 +44,7 @@ ROUNDING: Mapping[str, float] = {
 }
 """Cost of a mix of types with error feedback (`benchmarks.quantization`); Q5_K_M, Q3_K_L and Q2_K_S are guessed from
 their neighbours."""
-CACHE: Mapping[str, float] = {"f16": 0.0, "q8_0": 0.0005, "q4_0": 0.03}
+CACHE: Mapping[str, float] = {"f16": 0.0, "q8_0": 0.0006, "q4_0": 0.04}
 """Cost of a KV cache of this type (`benchmarks.kv_cache`)."""
 
 
