@@ -2,8 +2,8 @@
 
 The parts are taken to add up. What a reduction costs follows from the functional losses that an earlier run measured on
 the same model; where there are none, from a rule. The rule, and the costs of rounding weights and cache, are what
-SmolLM2-135M-Instruct showed on WikiText-2 (README): a larger model loses less of everything, but in about the same
-proportions, and it is proportions that decide between one choice and another.
+SmolLM2-135M-Instruct showed on WikiText-2 (README): a larger model is taken to lose less of everything, but in about
+the same proportions, and it is proportions that decide between one choice and another.
 """
 
 from __future__ import annotations

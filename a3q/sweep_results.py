@@ -23,6 +23,7 @@ class Measured:
     quantizer: str
     """`plain`: rounded to the nearest, as llama-quantize does; `gptq`: with error feedback."""
     quant: str
+    """Name of the mix in llama.cpp, in lower case."""
     bytes: int
     perplexity: float
     stderr: float

@@ -142,7 +142,7 @@ class _Bench:
         return Measured(
             asked.ratio,
             asked.quantizer,
-            asked.quant,
+            resolve_quant(asked.quant).name,
             result.written.size,
             found.value,
             found.stderr,
