@@ -279,7 +279,8 @@ def _write(
         **(rounding_facts(reduced, settings) if settled.quantization is not None else {}),
     }
     base, asked = str(facts["source.name"]), reduced.plan.asked
-    name = base if asked == 0 else f"{base} A3Q {asked:.0%}"
+    what = "A3Q KV" if reduced.plan.request.cache_only else "A3Q"
+    name = base if asked == 0 else f"{base} {what} {asked:.0%}"
     if "general.base_model.count" not in reduced.original.metadata and asked > 0:
         base_model = {"general.base_model.count": 1, "general.base_model.0.name": base}
     else:
