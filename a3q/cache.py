@@ -16,7 +16,9 @@ from torch import Tensor
 
 from a3q import __version__
 from a3q.components import Method
+from a3q.errors import InputError
 from a3q.families import COMPONENTS, Component
+from a3q.files import write_whole
 from a3q.model import Model, ModelConfig, Source
 from a3q.noise import NOISE, Costs, matrices_of
 from a3q.sensitivity import Sensitivity, Sizes
@@ -69,13 +71,16 @@ def _file(
 
 def load(path: Path, sizes: Sequence[Sizes]) -> Sensitivities | None:
     """What `save` wrote about these; None where there is nothing, or nothing whole."""
+    found = _read(path)
+    return found if found is not None and [one.keys() for one in found] == [one.keys() for one in sizes] else None
+
+
+def _read(path: Path) -> Sensitivities | None:
     try:
-        found = [
-            {c: _sensitivity(one[c]) for c in COMPONENTS if c in one} for one in json.loads(path.read_text("utf-8"))
-        ]
+        raw = json.loads(path.read_text("utf-8"))
+        return [{c: _sensitivity(one[c]) for c in COMPONENTS if c in one} for one in raw]
     except (OSError, ValueError, TypeError, KeyError):
         return None
-    return found if [one.keys() for one in found] == [one.keys() for one in sizes] else None
 
 
 def _sensitivity(raw: dict[str, object]) -> Sensitivity:
@@ -104,12 +109,8 @@ def recall(source: Source, config: ModelConfig, ratio: float, method: Method) ->
     """
     index = _index(source, config, method)
     for entry in sorted(_entries(index), key=lambda entry: abs(entry["ratio"] - ratio)):
-        try:
-            raw = json.loads((index.parent.parent / "sensitivity" / entry["file"]).read_text("utf-8"))
-            found = [{c: _sensitivity(one[c]) for c in COMPONENTS if c in one} for one in raw]
-        except (OSError, ValueError, TypeError, KeyError):
-            continue
-        if len(found) == config.num_hidden_layers:
+        found = _read(index.parent.parent / "sensitivity" / entry["file"])
+        if found is not None and len(found) == config.num_hidden_layers:
             return found
     return None
 
@@ -162,11 +163,7 @@ def save_costs(path: Path, costs: Costs) -> None:
 
 
 def _write(path: Path, content: object) -> None:
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    # A cache is a convenience: nothing is lost where it cannot be written.
+    with suppress(OSError, InputError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps(content), "utf-8")
-        part.replace(path)
-    except OSError:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
+        write_whole(path, json.dumps(content))

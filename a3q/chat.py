@@ -19,15 +19,13 @@ from typing import Any, Self
 import jinja2
 
 from a3q.errors import InputError, VerifyError
-from a3q.footprint import check_cache_type
+from a3q.footprint import CACHE_STEP, check_cache_type, padded_context
 from a3q.runtime import available, cache_type_number, log, usable_cores
 from converters.gguf_reader import GGUFHeader, check_gguf
 from converters.tokenizer import tokenizer_from_gguf
 
 DEFAULT_CONTEXT = 4096
-_STEP = 256
-"""llama.cpp rounds a context up to a multiple of this."""
-_MOST = 2**31 - _STEP
+_MOST = 2**31 - CACHE_STEP
 
 
 @dataclass(frozen=True)
@@ -118,7 +116,7 @@ class Chat:
             llama = llama_cpp.Llama(
                 str(path),
                 # The class has no room for what llama.cpp itself would add.
-                n_ctx=-(-self.n_ctx // _STEP) * _STEP,
+                n_ctx=padded_context(self.n_ctx),
                 n_threads=usable_cores(),
                 n_threads_batch=usable_cores(),
                 # What llama.cpp chooses by itself on the CPU, and what a rounded cache needs.

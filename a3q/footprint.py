@@ -22,7 +22,7 @@ CACHE_TYPES = ("f16", "q8_0", "q4_0")
 """Types of a KV cache."""
 CACHE_BLOCK = 32
 """Values of a head that a quantized cache stores together; the head size must be a multiple of it."""
-_CACHE_STEP = 256
+CACHE_STEP = 256
 """llama.cpp rounds a context up to a multiple of it."""
 _BATCH = 512
 """Tokens that llama.cpp runs at once unless told (`--ubatch-size`)."""
@@ -216,8 +216,9 @@ def can_quantize_cache(config: ModelConfig) -> bool:
     return all(size % CACHE_BLOCK == 0 for shape in config.layers for size in (shape.qk_head_dim, shape.v_head_dim))
 
 
-def _padded(tokens: int) -> int:
-    return -(-tokens // _CACHE_STEP) * _CACHE_STEP
+def padded_context(tokens: int) -> int:
+    """Positions that llama.cpp makes room for."""
+    return -(-tokens // CACHE_STEP) * CACHE_STEP
 
 
 def cache_bytes(config: ModelConfig, context: int, kv_type: str = "f16", parallel: int = 1) -> int:
@@ -232,8 +233,8 @@ def cache_bytes(config: ModelConfig, context: int, kv_type: str = "f16", paralle
 def _cells(shape: LayerShape, context: int) -> int:
     """Positions that llama.cpp keeps of a sequence for one layer."""
     if shape.sliding_window is None:
-        return _padded(context)
-    return min(_padded(context), _padded(shape.sliding_window + _BATCH))
+        return padded_context(context)
+    return min(padded_context(context), padded_context(shape.sliding_window + _BATCH))
 
 
 def compute_bytes(family: Family, config: ModelConfig, context: int) -> int:

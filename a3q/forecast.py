@@ -142,7 +142,7 @@ class Forecaster:
         check_cache(smaller.config, use.cache_type, grid.components >= HEADS)
         settled, stored = self._stored(smaller, types, request.cache_only)
         size = sum(padded(tensor.bytes) for tensor in stored) + self._overhead
-        before = self.before(use)
+        before = before_conversion(self.header, use)
         after = footprint(model.family, smaller.config, stored, size, smaller.parameters(), use)
         prediction = Prediction(
             predict.reduction_cost(plan, config, found),
@@ -195,11 +195,11 @@ class Forecaster:
             types = choose(tensors, costs, error, request.limit, self._overhead)
         return types, [stored_as(entry, types) for entry in tensors]
 
-    def before(self, use: Use) -> Footprint:
-        """Of the model as it is, with a float16 cache."""
-        header, model = self.header, self.header.model
-        default = replace(use, cache_type="f16")
-        return footprint(model.family, model.config, header.tensors, header.file_bytes, model.parameters(), default)
+
+def before_conversion(header: Header, use: Use) -> Footprint:
+    """Of a model as it is, with a float16 cache."""
+    model, default = header.model, replace(use, cache_type="f16")
+    return footprint(model.family, model.config, header.tensors, header.file_bytes, model.parameters(), default)
 
 
 def grid_for(model: Model, types: TypeRequest, cache_type: str) -> Grid:

@@ -248,15 +248,6 @@ class Point:
     """Of the perplexity."""
 
 
-def pareto(points: Sequence[Point]) -> list[Point]:
-    """Those that no other point beats in both size and perplexity, ascending in size."""
-    front: list[Point] = []
-    for point in sorted(points, key=lambda one: (one.bytes, one.perplexity)):
-        if math.isfinite(point.perplexity) and (not front or point.perplexity < front[-1].perplexity):
-            front.append(point)
-    return front
-
-
 @_styled
 def size_against_perplexity(points: Sequence[Point], front: Sequence[Point] = ()) -> Figure:
     """Perplexity over file size, both lower is better; `front` are the points on the Pareto front, joined by steps.

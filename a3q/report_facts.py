@@ -106,9 +106,7 @@ def _source(result: Result) -> Facts:
 def _output(result: Result) -> Facts:
     written = result.written
     if isinstance(written, WrittenFile):
-        # The name of a single file is the caller's, whatever it was written under.
-        paths = [result.path] if len(written.files) == 1 else list(written.files)
-        files = [_file(path, digest) for path, digest in zip(paths, written.sha256, strict=True)]
+        files = [_file(path, digest) for path, digest in zip(written.files, written.sha256, strict=True)]
         by_type: Mapping[str, int] | None = written.tensor_types
     else:
         files = [_file(path, _sha256(path)) for path in written.weight_files]

@@ -22,6 +22,7 @@ from a3q.footprint_table import compared
 from a3q.plots import bytes_text, tokens_text
 from a3q.report_facts import SIZES, Facts, facts
 from a3q.result import Result
+from a3q.units import span
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -238,7 +239,7 @@ def _plan(found: Facts) -> _Section | None:
     for component in COMPONENTS:
         one = plan["components"][component]
         asked = "" if one["asked"] == 0 else f"{one['asked']:.1%}" + (" together" if one["together_with"] else "")
-        rows.append((component, asked, f"{one['achieved']:.1%}", _range(before[component]), _range(after[component])))
+        rows.append((component, asked, f"{one['achieved']:.1%}", span(before[component]), span(after[component])))
     rows.append(("together", f"{plan['asked']:.1%}", f"{plan['achieved']:.1%}", "", ""))
     lines = [f"Method {plan['method']}" + ("" if plan["ranks"] is None else f", {plan['ranks']} ranks")]
     if plan["predicted_kl"] is not None:
@@ -248,7 +249,7 @@ def _plan(found: Facts) -> _Section | None:
         sizes = one["sizes"]
         verdict = "chosen" if one["chosen"] else "not chosen"
         lines.append(
-            f"Tried: head size {_range(sizes['qk_head_dim'])}, MLP size {_range(sizes['intermediate_size'])}: KL "
+            f"Tried: head size {span(sizes['qk_head_dim'])}, MLP size {span(sizes['intermediate_size'])}: KL "
             f"{_number(one['kl'])} nats, {verdict}."
         )
     if found["calibration"] is not None:
@@ -299,7 +300,7 @@ def _layers(found: Facts) -> _Section | None:
             caption += f" Left alone: {' and '.join(plain)}."
         shown.append(_plot("losses", "Functional loss of each layer", caption, plots.losses_per_layer(lost), caption))
     caption = "Grey: the original. " + "; ".join(
-        f"{component} {_range(before[component])} → {_range(after[component])}" for component in SIZES
+        f"{component} {span(before[component])} → {span(after[component])}" for component in SIZES
     )
     shown.append(_plot("sizes", "Sizes of each layer", f"{caption}.", plots.sizes_per_layer(before, after), caption))
     rows = [
@@ -481,8 +482,3 @@ def _count(value: float) -> str:
         if value >= factor:
             return f"{value / factor:.4g}{unit}"
     return f"{value:.0f}"
-
-
-def _range(values: Sequence[int]) -> str:
-    low, high = min(values), max(values)
-    return str(low) if low == high else f"{low} to {high}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -82,12 +83,14 @@ class Sweep:
         return self._unbeaten(lambda one: (one.bytes, one.perplexity, -one.prompt_speed, -one.generation_speed))
 
     def _unbeaten(self, cost: Callable[[Measured], tuple[float, ...]]) -> tuple[Measured, ...]:
+        sound = [one for one in self.points if math.isfinite(one.perplexity)]
+
         def beaten(one: Measured) -> bool:
             mine = cost(one)
-            others = (cost(other) for other in self.points)
+            others = (cost(other) for other in sound)
             return any(all(a <= b for a, b in zip(other, mine, strict=True)) and other != mine for other in others)
 
-        return tuple(sorted((one for one in self.points if not beaten(one)), key=lambda one: one.bytes))
+        return tuple(sorted((one for one in sound if not beaten(one)), key=lambda one: one.bytes))
 
     @property
     def verdict(self) -> tuple[str, ...]:
@@ -96,8 +99,7 @@ class Sweep:
         reduced = [one for one in self.points if one.reduced]
         if not whole or not reduced:
             return ()
-        lines = [_on_size(self.front, whole), _on_speed(reduced, whole)]
-        return tuple(line for line in lines if line)
+        return _on_size(self.front, whole), _on_speed(reduced, whole)
 
 
 def _on_size(front: Sequence[Measured], whole: Sequence[Measured]) -> str:

@@ -17,8 +17,8 @@ from a3q.components import Method
 from a3q.dimensions import HEADS, Grid, Request
 from a3q.errors import InputError, named
 from a3q.families import Component
-from a3q.footprint import Footprint, Use, footprint, limits
-from a3q.forecast import Forecaster, check_cache, check_kv_ratio, grid_for, stored_as
+from a3q.footprint import CACHE_BLOCK, Footprint, Use, footprint, limits
+from a3q.forecast import before_conversion, check_cache, check_kv_ratio, grid_for, stored_as
 from a3q.gguf_types import Settled, TypeRequest, TypeSettler
 from a3q.model import Model, pick_device
 from a3q.ollama import check_name, create_in_ollama
@@ -151,7 +151,8 @@ def convert_opened(
     grid = grid_for(original, request, use.cache_type)
     _check_method(original, settings, grid)
     check_kv_ratio(original, settings.request(), grid)
-    if not settings.request().reduced & HEADS & grid.components:
+    shrinks = bool(settings.request().reduced & HEADS & grid.components)
+    if not shrinks or not any(n % CACHE_BLOCK == 0 for n in grid.sizes(original.config, original.config.widest, "QK")):
         check_cache(original.config, use.cache_type, grid.components >= HEADS)
     # One list of frequencies for all heads is what a stock runtime holds.
     how = Method(settings.method, "shared")
@@ -160,7 +161,6 @@ def convert_opened(
     settler.check()
     reduced = run(original, settings, grid, how, verify_file, stages, settler, prepared)
     assert settler.settled is not None
-    check_cache(reduced.model.config, use.cache_type)
 
     # Whatever fails from here on, nothing stands under the final name.
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".unverified", dir=path.parent) as folder:
@@ -216,7 +216,7 @@ def _footprints(header: Header, reduced: Reduced, settled: Settled, size: int, u
     model = reduced.model
     stored = [stored_as(entry, settled.types) for entry in settled.tensors]
     after = footprint(model.family, model.config, stored, size, model.parameters(), use)
-    return {"before": Forecaster(header).before(use), "after": after}
+    return {"before": before_conversion(header, use), "after": after}
 
 
 def _limit(bits: float | None, size: int | None) -> Limit | None:

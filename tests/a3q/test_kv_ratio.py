@@ -133,6 +133,12 @@ def test_sizes_for_a_quantized_cache(
     assert head_sizes(open_model(result.path).config) == {size}
 
 
+def test_heads_too_small_for_a_quantized_cache_are_told_before_any_work(tmp_path: Path) -> None:
+    source = write_model(tmp_path / "m", head_dim=16)
+    with pytest.raises(InputError, match="--kv-type q8_0: heads of size 16 are no multiple of 32"):
+        convert(source, ratio=0.25, kv_type="q8_0", output=tmp_path / "m.gguf", calib=str(tmp_path / "absent.txt"))
+
+
 @pytest.mark.parametrize("ratio", [0.2, 0.25, 0.9])
 def test_ratio_that_no_size_comes_near(sources: dict[str, Path], text: str, tmp_path: Path, ratio: float) -> None:
     with pytest.raises(InputError, match=rf"--kv-ratio {ratio}: .* the ratio can be 0, 0\.5"):

@@ -16,7 +16,7 @@ from a3q.dimensions import all_sizes
 from a3q.errors import InputError
 from a3q.families import COMPONENTS
 from a3q.footprint import CACHE_TYPES, Use
-from a3q.forecast import Forecast, Forecaster, grid_for
+from a3q.forecast import Forecast, Forecaster, before_conversion, grid_for
 from a3q.gguf_types import TypeRequest
 from a3q.pipeline import Settings
 from a3q.search import MLP_SHARES
@@ -188,7 +188,7 @@ def test_quantized_source_that_fits_is_kept(tmp_path: Path, quant: str) -> None:
     folder = write_model(tmp_path / "m", hidden_size=256, num_attention_heads=32, head_dim=8, intermediate_size=2048)
     path = write_gguf(open_huggingface(folder), resolve_quant(quant), tmp_path / "m.gguf").path
     header = open_header(path)
-    whole = Forecaster(header).before(Use(CONTEXT)).memory
+    whole = before_conversion(header, Use(CONTEXT)).memory
     found = fitted(header, whole + 20_000)
     assert found.plan.request.groups() == []
     assert found.types.plan.name == quant

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -34,7 +35,15 @@ def test_front() -> None:
     fast = point(200, 31.0, 0.2, speed=150.0)
     found = swept(large, beaten, fast, small)
     assert found.front == (small, large)
+    sizes = [point(50, 40.0), point(100, 20.0), point(200, 25.0), point(80, 22.0, 0.1), point(80, 30.0, 0.1)]
+    assert swept(*sizes).front == (sizes[0], sizes[3], sizes[1])
     assert found.front_with_speed == (small, fast, large)
+
+
+def test_files_that_predict_nothing_are_on_no_front() -> None:
+    whole, broken, endless = point(100, 30.0), point(1, math.nan), point(2, math.inf)
+    assert swept(whole, broken, endless).front == swept(whole, broken, endless).front_with_speed == (whole,)
+    assert swept().front == ()
 
 
 def test_equals_do_not_beat_each_other() -> None:
