@@ -27,6 +27,7 @@ from converters.gguf_graphs import GRAPHS, LOCAL_BASE, Graph, alibi_slopes, loca
 from converters.gguf_keys import Keys
 from converters.tensors import LazyLayers, check_finite, check_tensors, layer_names, shape_only, stored_roles
 from converters.tokenizer import tokenizer_from_gguf
+from converters.unchanged import Stamp, check_unchanged
 
 ROPE_FACTORS = "rope_freqs.weight"
 
@@ -63,15 +64,22 @@ class GGUFHeader:
     """A checked GGUF of which no weight has been read; tensors are memory-mapped."""
 
     path: Path
-    files: tuple[Path, ...]
+    stamps: tuple[Stamp, ...]
+    """Of all files."""
     family: Family
     architecture: str
     config: ModelConfig
     fields: dict[str, GGUFValue]
     tensors: dict[str, ReaderTensor]
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The parts of a split one, or the file itself."""
+        return tuple(stamp.path for stamp in self.stamps)
+
     def weight(self, name: str) -> Tensor:
         """One tensor as float32, its rows as they are stored."""
+        check_unchanged(self.stamps)
         return check_finite(_dequantize(self.tensors[name]), name, self.path)
 
     def layer(self, i: int) -> Layer:
@@ -108,7 +116,10 @@ class GGUFHeader:
         """A stored tensor as it is; None where there is none on a grid."""
         tensor = self.tensors.get(name)
         grid = None if tensor is None else GRIDS.get(tensor.tensor_type.name.lower())
-        return None if tensor is None or grid is None else unpack(tensor.data, grid)
+        if tensor is None or grid is None:
+            return None
+        check_unchanged(self.stamps)
+        return unpack(tensor.data, grid)
 
     def _arranged(self, role: Role, weight: Tensor) -> Tensor:
         if role.name == "q_norm":
@@ -166,6 +177,7 @@ def check_gguf(path: Path) -> GGUFHeader:
     """Read a file's metadata and hold every tensor's name, type and shape against it; no weights are read."""
     with reading(path):
         files, fields, tensors = read_parts(path)
+        stamps = tuple(map(Stamp.of, files))
         architecture = Keys(path, "general", fields).text("architecture", "")
         keys = Keys(path, architecture, fields)
         experts = keys.get("expert_count")
@@ -182,7 +194,7 @@ def check_gguf(path: Path) -> GGUFHeader:
         # Only now is the head size known to be what the tensors have, and not a damaged 2^31.
         if graph.rotary != "none":
             config = _with_frequencies(keys, graph, config, tensors)
-    return GGUFHeader(path, files, family, architecture, config, fields, tensors)
+    return GGUFHeader(path, stamps, family, architecture, config, fields, tensors)
 
 
 def _shape(tensor: ReaderTensor) -> tuple[int, ...]:

@@ -1,47 +1,39 @@
-"""`Model` → GGUF in one file or several: streamed layer by layer, checked by reading it back, then given its name."""
+"""`Model` → GGUF in one file or several: written layer by layer, checked by reading it back, then given its name."""
 
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from itertools import islice, zip_longest
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import gguf
 import numpy as np
-import torch
-from gguf import GGUFValueType, quants
+from gguf import GGUFValueType
 from gguf.constants import GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType
 from gguf.gguf_writer import GGUFValue
 from numpy.typing import NDArray
 from torch import Tensor
 
 from a3q.errors import InputError, VerifyError
-from a3q.families import Role
-from a3q.model import Layer, Model, ModelConfig
-from a3q.solve.gptq import nearest
-from a3q.solve.grid import GRIDS
-from converters import ggml_encode, gguf_split, rope
+from a3q.model import Layer, Model
+from converters import gguf_split
 from converters.assignment import Types, assign
+from converters.draft import allocate, sync_and_hash, write_at
 from converters.entries import Entry, entries
-from converters.ggml_pack import pack
-from converters.gguf_graphs import query_scale
 from converters.gguf_reader import GGUFHeader, check_gguf
-from converters.gguf_target import Target, as_read_back, dimension_keys, factors_for, target_for
-from converters.tensors import check_finite
+from converters.gguf_target import Target, as_read_back, check_runtime, dimension_keys, factors_for, target_for
+from converters.gguf_tensors import PackedRole, TensorEncoder
 from converters.types import QuantPlan
 
 _T = GGMLQuantizationType
-_BY_GGUF = frozenset((_T.F32, _T.F16, _T.BF16, _T.Q8_0, _T.Q5_1, _T.Q5_0, _T.Q4_1, _T.Q4_0))
-"""Types that the gguf package encodes itself."""
-_HALF_MAX = 65504.0
 _PROVENANCE_ROOM = 16 << 10
 """What a3q says about a file takes less, with sizes of its own in each of a hundred layers."""
 _HEADER_ROOM = 16 << 20
@@ -99,6 +91,159 @@ def check_output(path: Path, force: bool = False, split: bool = False) -> None:
         raise InputError(f"{path}: exists already; use --force to replace it")
 
 
+class GGUFStream:
+    """A GGUF, in one file or several, that is written as the layers of the model become ready.
+
+    A context manager: what it leaves has its name, or is gone. Headers come first, and all room is taken at once.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        plan: QuantPlan,
+        path: Path,
+        *,
+        name: str | None = None,
+        provenance: Mapping[str, GGUFValue] | None = None,
+        types: Types | None = None,
+        split_max_size: int | None = None,
+        scratch: Path | None = None,
+    ) -> None:
+        """Write everything but the tensors; the arguments are those of `write_gguf` and raise the same.
+
+        `model`: no weight is read, only which there are. Its configuration has the final dimensions already, while of
+        RoPE frequencies only the number counts, and whether they follow from the base. `scratch`: folder beside `path`
+        for the drafts, emptied if it is there and removed at the end; unless given, a new one of no fixed name.
+        """
+        if split_max_size is not None:
+            gguf_split.check_limit(split_max_size)
+        if scratch is not None and path.resolve().is_relative_to(scratch.resolve()):
+            raise ValueError(f"{path} lies in {scratch}, which is removed")
+        target = target_for(model)
+        check_output(path, force=True)
+        self._path, self._target, self._is_split = path, target, split_max_size is not None
+        self._encoder = TensorEncoder(model.config, target, model.source.path)
+        self._tensors = entries(model, target)
+        self._types = types or assign(plan, self._tensors, model.config, target.tied)
+        self._sizes = {entry.name: entry.bytes(self._types.kinds[entry.name]) for entry in self._tensors}
+        self._missing = dict(self._sizes)
+        self._done = 0
+        room = {tensor: padded(size) for tensor, size in self._sizes.items()}
+        self._size = sum(room.values()) + _HEADER_ROOM
+        if name is None and "general.name" not in model.metadata:
+            name = path.stem
+        weights = sum(entry.weights for entry in self._tensors)
+        metadata = _metadata(model, target, plan, name, weights) | dict(provenance or {})
+        if split_max_size is None:
+            parts = [_Part(path.name, self._tensors, metadata)]
+        else:
+            parts = _split(path, gguf_split.plan(self._tensors, room, split_max_size), metadata)
+        with _as_input_errors(path, self._size), ExitStack() as cleanup:
+            folder = cleanup.enter_context(_folder(path, scratch))
+            free = shutil.disk_usage(folder).free
+            if free < self._size:
+                raise InputError(f"{path}: disk full: {self._size:,} bytes are needed and {free:,} are free; make room")
+            # In a folder the parts have their final names, by which they find each other.
+            self._drafts = [folder / part.name for part in parts]
+            self._places = self._write_headers(parts)
+            self._size = sum(draft.stat().st_size for draft in self._drafts)
+            self._cleanup = cleanup.pop_all()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._cleanup.close()
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files together when they are finished."""
+        return self._size
+
+    @property
+    def total(self) -> int:
+        """Bytes of the tensors in all."""
+        return sum(self._sizes.values())
+
+    @property
+    def written(self) -> int:
+        """Bytes of the tensors that are written."""
+        return self._done
+
+    def write_layer(self, i: int, layer: Layer, packed: PackedRole | None = None) -> None:
+        """Write the tensors of layer `i`, in whatever order of the layers; from `packed` as `write_gguf` does."""
+        for entry in self._tensors:
+            if entry.layer == i:
+                self._write(entry, layer, packed)
+
+    def write_top(self, model: Model, packed: PackedRole | None = None) -> None:
+        """Write what lies outside the layers: weights, and the factors of the model's RoPE frequencies, now final."""
+        top = {**model.top, "output": model.output}
+        for entry in self._tensors:
+            if entry.layer is None and entry.roles:
+                self._write(entry, top, packed)
+            elif entry.layer is None:
+                # The final frequencies may be plain after all.
+                factors = factors_for(self._target, model.config) or (1.0,) * entry.shape[0]
+                self._put(entry, np.array(factors, dtype=np.float32))
+
+    def finish(self, model: Model) -> WrittenFile:
+        """Check the files, which `model` with its final configuration is held against, and give them their names.
+
+        ValueError: a tensor was not written. VerifyError: a file does not read back as what was meant.
+        """
+        if self._missing:
+            raise ValueError(f"{self._path}: tensor {next(iter(self._missing))} was not written")
+        check_runtime(model)
+        with _as_input_errors(self._path, self._size):
+            _check(check_gguf(self._drafts[0]), model, self._target, self._tensors, self._types)
+            digests = tuple(sync_and_hash(draft) for draft in self._drafts)
+            if self._is_split:
+                files = gguf_split.place(self._drafts, self._path)
+            else:
+                files = (self._drafts[0].replace(self._path),)
+        totals: Counter[str] = Counter()
+        for entry in self._tensors:
+            totals[self._types.kinds[entry.name].name] += entry.weights
+        notes, target = self._types.notes, self._target
+        if model.config.tie_word_embeddings and not target.tied:
+            notes += (f"output: llama.cpp's {target.architecture} needs one of its own; the embedding is stored twice",)
+        return WrittenFile(files[0], self._size, dict(totals), notes, files, digests)
+
+    def _write_headers(self, parts: Sequence[_Part]) -> dict[str, tuple[Path, int]]:
+        """Make the drafts, as long as they will be; where each tensor goes: the draft, and a byte in it."""
+        places: dict[str, tuple[Path, int]] = {}
+        for draft, part in zip(self._drafts, parts, strict=True):
+            writer = gguf.GGUFWriter(draft, self._target.architecture)
+            try:
+                if part is not parts[0]:
+                    # The architecture, which the writer has put there by itself, is metadata of the first file too.
+                    writer.kv_data[0].clear()
+                _write_header(writer, part.tensors, self._types.kinds, part.metadata)
+            finally:
+                writer.close()
+            end = padded(draft.stat().st_size)
+            for entry in part.tensors:
+                places[entry.name] = draft, end
+                end += padded(self._sizes[entry.name])
+            allocate(draft, end)
+        return places
+
+    def _write(self, entry: Entry, weights: Mapping[str, Tensor], packed: PackedRole | None) -> None:
+        kind = self._types.kinds[entry.name]
+        data = None if packed is None else self._encoder.join(entry, kind, packed)
+        if data is None:
+            data = self._encoder.encode(entry, kind, [weights[role.name] for role in entry.roles])
+        self._put(entry, data)
+
+    def _put(self, entry: Entry, data: NDArray[Any]) -> None:
+        # Anything longer would reach into the next tensor, which may be there already.
+        assert data.nbytes == self._sizes[entry.name], entry.name
+        with _as_input_errors(self._path, self._size):
+            write_at(*self._places[entry.name], data)
+        self._done += self._missing.pop(entry.name, 0)
+
+
 def write_gguf(
     model: Model,
     plan: QuantPlan,
@@ -122,51 +267,47 @@ def write_gguf(
     InputError: what llama.cpp cannot hold (see `check_runtime`), no room, a folder that is not there, a weight that the
     type cannot hold. VerifyError: the file does not read back as what was meant.
     """
-    if split_max_size is not None:
-        gguf_split.check_limit(split_max_size)
-    target = target_for(model)
-    check_output(path, force=True)
-    tensors = entries(model, target)
-    if types is None:
-        types = assign(plan, tensors, model.config, target.tied)
-    room = {entry.name: padded(entry.bytes(types.kinds[entry.name])) for entry in tensors}
-    needed = sum(room.values()) + _HEADER_ROOM
-    free = shutil.disk_usage(path.parent).free
-    if free < needed:
-        raise InputError(f"{path}: disk full: {needed:,} bytes are needed and {free:,} are free; make room")
-    if name is None and "general.name" not in model.metadata:
-        name = path.stem
-    weights = sum(entry.weights for entry in tensors)
-    metadata = _metadata(model, target, plan, name, weights) | dict(provenance or {})
-    if split_max_size is None:
-        parts = [_Part(path.name, tensors, metadata)]
-    else:
-        parts = _split(path, gguf_split.plan(tensors, room, split_max_size), metadata)
-    try:
-        # A folder, so that the parts have their final names, by which they find each other.
-        with tempfile.TemporaryDirectory(
-            prefix=f".{path.name}.", suffix=".part", dir=path.parent, ignore_cleanup_errors=True
-        ) as folder:
-            drafts = [Path(folder) / part.name for part in parts]
-            _write(drafts, parts, model, target, types, packed, progress)
-            _check(check_gguf(drafts[0]), model, target, tensors, types)
-            digests = tuple(_sync_and_hash(draft) for draft in drafts)
-            if split_max_size is None:
-                files: tuple[Path, ...] = (drafts[0].replace(path),)
+    options: dict[str, Any] = {"name": name, "provenance": provenance, "types": types, "split_max_size": split_max_size}
+    # Layers that wait on disk may fail to be read as well.
+    with GGUFStream(model, plan, path, **options) as stream, _as_input_errors(path, stream.size):
+        for i in (None, *range(model.config.num_hidden_layers)):
+            ready = None if packed is None else partial(packed, i)
+            if i is None:
+                stream.write_top(model, ready)
             else:
-                files = gguf_split.place(drafts, path)
+                stream.write_layer(i, model.layers[i], ready)
+            if progress is not None:
+                progress(stream.written, stream.total)
+        return stream.finish(model)
+
+
+@contextmanager
+def _folder(path: Path, scratch: Path | None) -> Iterator[Path]:
+    """An empty folder for the drafts of `path`, on the same file system; removed at the end."""
+    if scratch is None:
+        prefix, suffix = f".{path.name}.", ".part"
+        with tempfile.TemporaryDirectory(suffix, prefix, path.parent, ignore_cleanup_errors=True) as folder:
+            yield Path(folder)
+        return
+    if scratch.exists():
+        shutil.rmtree(scratch)
+    scratch.mkdir()
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextmanager
+def _as_input_errors(path: Path, needed: int) -> Iterator[None]:
+    """What the system says about the output `path`, which takes `needed` bytes, in the user's words."""
+    try:
+        yield
     except OSError as error:
-        # numpy reports a full disk as an OSError without a number.
+        # A library that only counts what was written raises an OSError without a number.
         if error.errno in (errno.ENOSPC, errno.EDQUOT, None):
             raise InputError(f"{path}: disk full: {needed:,} bytes are needed; make room") from error
         raise InputError(f"{path}: cannot be written: {error.strerror}") from error
-    totals: Counter[str] = Counter()
-    for entry in tensors:
-        totals[types.kinds[entry.name].name] += entry.weights
-    notes = types.notes
-    if model.config.tie_word_embeddings and not target.tied:
-        notes += (f"output: llama.cpp's {target.architecture} needs one of its own; the embedding is stored twice",)
-    return WrittenFile(files[0], sum(file.stat().st_size for file in files), dict(totals), notes, files, digests)
 
 
 def padded(size: int) -> int:
@@ -182,37 +323,6 @@ def _split(path: Path, shards: Sequence[Sequence[Entry]], metadata: Mapping[str,
         _Part(name, shard, {**(metadata if i == 0 else {}), **gguf_split.keys(i, count, total)})
         for i, (name, shard) in enumerate(zip(gguf_split.names(path, count), shards, strict=True))
     ]
-
-
-def _write(
-    drafts: Sequence[Path],
-    parts: Sequence[_Part],
-    model: Model,
-    target: Target,
-    types: Types,
-    packed: Packed | None,
-    progress: Progress | None,
-) -> None:
-    """Of one file after another the header, then one tensor after another; one layer is in memory at a time."""
-    tensors = [entry for part in parts for entry in part.tensors]
-    sizes = {entry.name: entry.bytes(types.kinds[entry.name]) for entry in tensors}
-    total, done = sum(sizes.values()), 0
-    contents = _contents(model, target, tensors, types, packed)
-    for draft, part in zip(drafts, parts, strict=True):
-        writer = gguf.GGUFWriter(draft, target.architecture)
-        try:
-            if part is not parts[0]:
-                # The architecture, which the writer has put there by itself, is metadata of the first file too.
-                writer.kv_data[0].clear()
-            _write_header(writer, part.tensors, types.kinds, part.metadata)
-            for entry, data in islice(contents, len(part.tensors)):
-                writer.write_tensor_data(data)
-                done += sizes[entry.name]
-                if progress is not None:
-                    progress(done, total)
-            writer.flush()
-        finally:
-            writer.close()
 
 
 def _write_header(
@@ -246,97 +356,6 @@ def header_size(model: Model, room: int = _PROVENANCE_ROOM) -> int:
         return part.stat().st_size + room
 
 
-def _contents(
-    model: Model, target: Target, tensors: list[Entry], types: Types, packed: Packed | None
-) -> Iterator[tuple[Entry, NDArray[Any]]]:
-    """The bytes of each tensor as an array."""
-    top = {**model.top, "output": model.output}
-    layer: Layer = {}
-    loaded: int | None = None
-    for entry in tensors:
-        kind = types.kinds[entry.name]
-        if packed is not None and (ready := _ready(entry, kind, packed, model.config, target)) is not None:
-            yield entry, ready
-            continue
-        if not entry.roles:
-            factors = torch.tensor(factors_for(target, model.config), dtype=torch.float32)
-            yield entry, _encode(entry, kind, [factors], model, target)
-            continue
-        if entry.layer is not None and loaded != entry.layer:
-            layer, loaded = model.layers[entry.layer], entry.layer
-        weights = top if entry.layer is None else layer
-        yield entry, _encode(entry, kind, [weights[role.name] for role in entry.roles], model, target)
-
-
-def _ready(
-    entry: Entry, kind: GGMLQuantizationType, packed: Packed, config: ModelConfig, target: Target
-) -> NDArray[np.uint8] | None:
-    """The tensor's bytes out of what was encoded before; None unless all of its roles were."""
-    if len(entry.shape) == 1:
-        return None
-    parts = []
-    for role in entry.roles:
-        part = packed(entry.layer, role.name)
-        if part is None:
-            return None
-        rows = role.expected_shape(config, config.layers[entry.layer or 0])[0]
-        expected = (rows, entry.bytes(kind) // entry.shape[0])
-        if part.shape != expected:
-            raise VerifyError(
-                f"{entry.name}: the encoded {role.name} is {list(part.shape)}, {kind.name} asks for {list(expected)}"
-            )
-        heads = _interleaved_heads(role, config, target)
-        parts.append(part if heads is None else part[rope.to_interleaved(torch.arange(rows), heads).numpy()])
-    return np.ascontiguousarray(parts[0] if len(parts) == 1 else np.concatenate(parts))
-
-
-def _encode(
-    entry: Entry, kind: GGMLQuantizationType, parts: list[Tensor], model: Model, target: Target
-) -> NDArray[Any]:
-    """The tensor's bytes as an array, q and k in the runtime's order. The caller's tensors are left alone."""
-    config = model.config
-    shape = config.layers[entry.layer or 0]
-    arranged = []
-    for role, part in zip_longest(entry.roles, parts):
-        expected = entry.shape if role is None else role.expected_shape(config, shape)
-        if tuple(part.shape) != expected:
-            raise VerifyError(
-                f"{entry.name}: the weight is {list(part.shape)}, its configuration says {list(expected)}"
-            )
-        part = check_finite(part.detach().to("cpu", torch.float32), entry.name, model.source.path)
-        arranged.append(part if role is None else _arranged(part, role, config, target))
-    weight = arranged[0] if len(arranged) == 1 else torch.cat(arranged)
-    if kind not in (_T.F32, _T.BF16):
-        # The block scales of the quantized types are half floats as well.
-        largest = float(weight.abs().max())
-        if largest > _HALF_MAX:
-            raise InputError(
-                f"{model.source.path}: tensor {entry.name} holds {largest:g}, too large for {kind.name}; "
-                "write bf16 or f32"
-            )
-    rows = np.ascontiguousarray(weight.numpy())
-    if kind in _BY_GGUF:
-        data: NDArray[Any] = quants.quantize(rows, kind)
-        return data
-    if ggml_encode.available():
-        return ggml_encode.encode(rows, kind, None)
-    return pack(nearest(weight, GRIDS[kind.name.lower()], torch.ones(weight.shape[1])))
-
-
-def _arranged(weight: Tensor, role: Role, config: ModelConfig, target: Target) -> Tensor:
-    if role.name == "q_norm":
-        weight = weight / query_scale(target.architecture, config)
-    heads = _interleaved_heads(role, config, target)
-    return weight if heads is None else rope.to_interleaved(weight, heads)
-
-
-def _interleaved_heads(role: Role, config: ModelConfig, target: Target) -> int | None:
-    """Heads of a weight whose rows the file holds interleaved; None where it holds them as the model does."""
-    if role.rotary is None or target.form.written_rope == "half":
-        return None
-    return config.num_attention_heads if role.rotary == "queries" else config.num_key_value_heads
-
-
 def _metadata(model: Model, target: Target, plan: QuantPlan, name: str | None, weights: int) -> dict[str, GGUFValue]:
     """All keys of the file but provenance; `general.architecture` is the writer's own."""
     keys = {
@@ -366,10 +385,3 @@ def _check(header: GGUFHeader, model: Model, target: Target, tensors: list[Entry
     if wrong or header.config != as_read_back(target, model.config, header.config):
         what = f"tensor {sorted(wrong)[0]}" if wrong else "its dimensions"
         raise VerifyError(f"the written file does not read back as it was meant: {what} came out different")
-
-
-def _sync_and_hash(part: Path) -> str:
-    """SHA-256 of the file, after its bytes are on the disk: a crash must not leave an empty file under the name."""
-    with part.open("rb+") as file:
-        os.fsync(file.fileno())
-        return hashlib.file_digest(file, "sha256").hexdigest()

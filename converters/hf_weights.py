@@ -19,6 +19,7 @@ from a3q.model import Source
 from a3q.solve.grid import Blocks
 from converters.gptq import TENSORS, Form, Packed, unpack
 from converters.tensors import check_finite
+from converters.unchanged import Stamp, check_unchanged
 
 DTYPES = ("F32", "F16", "BF16")
 _WORDS = "I32"
@@ -32,6 +33,7 @@ class Stored:
     """A tensor as the header of its file describes it."""
 
     path: Path
+    stamp: Stamp
     handle: Any
     name: str
     """As the file has it."""
@@ -40,6 +42,7 @@ class Stored:
 
     def load(self) -> Tensor:
         """As it is stored, in the memory of the file."""
+        check_unchanged([self.stamp])
         try:
             tensor: Tensor = self.handle.get_tensor(self.name)
         except (SafetensorError, OSError) as error:
@@ -138,6 +141,7 @@ def open_weights(folder: Path, form: Form | None = None, transposed: bool = Fals
         raise InputError(f"{folder}: has pickled weights only; convert them to safetensors (model.safetensors) first")
     else:
         raise InputError(f"{folder}: has no model.safetensors and no {_INDEX}; download the weights")
+    stamps = {path: Stamp.of(path) for path in handles}
     found: dict[str, Stored] = {}
     held = {path: set(handle.keys()) for path, handle in handles.items()}
     for name, path in where.items():
@@ -146,7 +150,7 @@ def open_weights(folder: Path, form: Form | None = None, transposed: bool = Fals
         if _BUFFER.search(name):
             continue
         part = handles[path].get_slice(name)
-        found[name] = Stored(path, handles[path], name, tuple(part.get_shape()), str(part.get_dtype()))
+        found[name] = Stored(path, stamps[path], handles[path], name, tuple(part.get_shape()), str(part.get_dtype()))
     linears = {} if form is None else _take_linears(found, form, transposed)
     for stored in found.values():
         if stored.dtype not in DTYPES:
@@ -216,5 +220,7 @@ def _read_index(index: Path) -> dict[str, Path]:
 def _open_file(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
+    except PermissionError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or one_line(error)}") from error
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: is truncated or damaged: {one_line(error)}; download it again") from error

@@ -93,6 +93,7 @@ def write_huggingface(
     progress: Progress | None = None,
     check: Callable[[Path], None] | None = None,
     shard_bytes: int = _SHARD_BYTES,
+    scratch: Path | None = None,
 ) -> WrittenFolder:
     """Write `model` with weights of `dtype`; `reduction` is provenance in JSON. `folder` appears whole or not at all.
 
@@ -100,7 +101,9 @@ def write_huggingface(
     their `quantization_config`. Their kernels compute in float16 or bfloat16, so `dtype` must be one of the two; more
     of them take float16. With `plain` the folder is of the family's own model type, where `plain_config` knows one.
 
-    `check` sees the finished folder before it gets its name, which it does not where that raises.
+    `check` sees the finished folder before it gets its name, which it does not where that raises. `scratch`: the folder
+    beside it, which has that name meanwhile; what a killed process has left there is removed. Unless given, one of no
+    fixed name.
     InputError: no room, a folder that may not be replaced, a weight that `dtype` cannot hold. VerifyError: the folder
     does not read back as what was meant.
     """
@@ -108,6 +111,8 @@ def write_huggingface(
     if dtype not in known:
         raise InputError(f"dtype {dtype}: a folder's weights are {', '.join(map(dtype_name, known))}")
     check_output_folder(folder, force, model.source.path)
+    part = scratch or folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    _clear(part, folder)
     fields = plain_config(model) if plain else describe(model.family, model.config, model.layer_roles, model.top)
     if fields is None:
         raise InputError(f"{folder}: no model type of its family can describe this model; write it as a3q")
@@ -117,7 +122,6 @@ def write_huggingface(
     free = shutil.disk_usage(folder.parent).free
     if free < needed:
         raise InputError(f"{folder}: disk full: {needed:,} bytes are needed and {free:,} are free; make room")
-    part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     try:
         part.mkdir()
         write_files(part, model, plan, dtype, quantized, progress)
@@ -239,12 +243,25 @@ def _check(part: Path, config: Mapping[str, Any], plan: Plan, model: Model) -> N
         raise VerifyError(f"the written folder does not read back as it was meant: {what} came out different")
 
 
+def _clear(part: Path, folder: Path) -> None:
+    """Remove what a process left that was killed while it wrote `folder`; what it was about to replace is back."""
+    shutil.rmtree(part, ignore_errors=True)
+    old = _aside(part)
+    if old.is_dir() and not folder.exists():
+        old.replace(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _aside(part: Path) -> Path:
+    return part.with_name(f"{part.name}.old")
+
+
 def _give_name(part: Path, folder: Path) -> None:
     """Rename, the folder that has the name so far out of the way first; it is back where that fails."""
     if not folder.exists():
         part.replace(folder)
         return
-    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    old = _aside(part)
     folder.replace(old)
     try:
         part.replace(folder)
