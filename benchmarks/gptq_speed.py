@@ -4,7 +4,7 @@
 
 GPTQModel is timed where it is installed (see `benchmarks/gptq_load.py` for its environment), at 4 bits and group size
 128 as it is by default. Times are of what each does from weights and Hessian to rounded weights; a3q's first run on a
-GPU, in which CUDA graphs are recorded, is shown apart.
+GPU, in which kernels are compiled and CUDA graphs recorded, is shown apart.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from a3q.solve.gptq import quantize
+from a3q.solve.gptq import kernels, quantize
 from a3q.solve.grid import GRIDS
 
 
@@ -67,6 +67,8 @@ def main() -> None:
     inputs = torch.randn(16384, args.columns, device=device) * torch.randn(args.columns, device=device).exp()
     hessian = inputs.T @ inputs / len(inputs)
     print(f"{args.rows} × {args.columns} on {torch.cuda.get_device_name() if device.type == 'cuda' else 'CPU'}")
+    if device.type == "cuda":
+        print("with Triton kernels" if kernels() is not None else "without Triton kernels")
     for name in args.types:
         for run in ("first", "next") if device.type == "cuda" else ("",):
             took, found = timed(lambda grid=GRIDS[name]: quantize(weight, hessian, grid).weight, device)

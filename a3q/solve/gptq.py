@@ -10,7 +10,8 @@ sweep enters it. After the sweep each block is chosen once more with all the oth
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
+from subprocess import SubprocessError
 from typing import Any
 
 import torch
@@ -179,6 +180,9 @@ def _round_block(grid: Grid, T: Tensor, U: Tensor) -> _Found:
 
 def _round_columns(grid: Grid, T: Tensor, U: Tensor) -> _Found:
     """The same, with `T` used up."""
+    if T.is_cuda and (own := kernels()) is not None and own.fits(grid):
+        found: _Found = own.round_columns(grid, T, U)
+        return found
     diagonal = U.diagonal()
     weight, inverse = diagonal.pow(-2), diagonal.reciprocal()
     scales = search(grid, T, weight)
@@ -199,8 +203,20 @@ def _round_columns(grid: Grid, T: Tensor, U: Tensor) -> _Found:
     return scales, values, level, errors
 
 
+@cache
+def kernels() -> Any:
+    """`a3q.solve.gptq_triton`, where Triton is installed and finds the C compiler that it wants on a GPU; else None."""
+    try:
+        from a3q.solve import gptq_triton
+
+        gptq_triton.probe()
+    except (ImportError, OSError, RuntimeError, SubprocessError):
+        return None
+    return gptq_triton
+
+
 class _Recorded:
-    """`_round_columns` as one CUDA graph: its thousands of tiny kernels take longer to launch than to run."""
+    """`_round_columns` as one CUDA graph: its many tiny kernels take longer to launch than to run."""
 
     def __init__(self, grid: Grid, rows: int, device: torch.device) -> None:
         self._grid = grid
