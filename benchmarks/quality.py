@@ -24,12 +24,12 @@ from rich.console import Console
 from torch import Tensor
 
 from a3q import cache
+from a3q.choosing import MOMENT_SEQUENCES, PROBED_RATIOS, PROBES
 from a3q.components import Method
 from a3q.dimensions import ALL, Grid, Plan, Request, folder_grid, gguf_grid, mixed, uniform
 from a3q.families import COMPONENTS, Component
 from a3q.model import Model, pick_device
 from a3q.perplexity import compare, logits_of
-from a3q.pipeline import MOMENT_SEQUENCES, PROBED_RATIOS, PROBES
 from a3q.reduce import reduce
 from a3q.sensitivity import measure
 from benchmarks.common import peak_memory, perplexity, perplexity_of, windows
