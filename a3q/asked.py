@@ -14,8 +14,8 @@ from a3q.footprint import Use
 from a3q.forecast import Forecast, Forecaster, grid_for
 from a3q.gguf_types import TypeRequest
 from a3q.model import Model
-from a3q.pipeline import Settings
 from a3q.search import fit
+from a3q.settings import Settings
 from converters.headers import Header
 from converters.types import QuantPlan, resolve_quant
 

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
-from contextlib import closing, suppress
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.console import Console
 
-from a3q.errors import InputError, VerifyError
+from a3q.errors import InputError, LostError, VerifyError
 
 if TYPE_CHECKING:
     from a3q.chat import Chat
     from a3q.families import Component
+    from a3q.progress import Stages
 
 # Read when PyTorch loads its OpenMP. Threads that spin while they wait take the core from the one that they wait for
 # as soon as anything else runs on the machine: on two cores with one busy, text was written 13 times slower.
@@ -28,6 +32,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+_GRACE = 5.0
+"""Seconds."""
 _errors = Console(stderr=True)
 _output = Console()
 
@@ -66,6 +72,17 @@ _Calib = Annotated[
 ]
 _CalibTokens = Annotated[int | None, typer.Option(help="Calibration tokens; default 40 × 1024, on a GPU 128 × 2048.")]
 _Seed = Annotated[int, typer.Option(help="Of the text the model writes itself.")]
+_Memory = Annotated[
+    str | None,
+    typer.Option(
+        help="Main memory for hidden states and finished layers, such as 16GiB; what exceeds it waits on disk. Half of "
+        "what is free."
+    ),
+]
+_Work = Annotated[
+    Path | None,
+    typer.Option(help="Keep finished layers in this folder; the same command continues after anything ended it."),
+]
 _Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
 _Pre = Annotated[str | None, typer.Option(help="llama.cpp's name of the pre-tokenizer, where a3q cannot tell.")]
 
@@ -78,6 +95,17 @@ def _own(qk: float | None, ov: float | None, mlp: float | None) -> dict[Componen
     """Components that were given a ratio of their own."""
     given: dict[Component, float | None] = {"QK": qk, "OV": ov, "MLP": mlp}
     return {component: ratio for component, ratio in given.items() if ratio is not None}
+
+
+@app.callback()
+def _begin(context: typer.Context) -> None:
+    if _several() and context.invoked_subcommand not in ("convert", "reduce"):
+        from a3q.ranks import alone
+
+        def refuse() -> None:
+            raise InputError(f"{context.invoked_subcommand}: works in one process; start it without torchrun")
+
+        alone(refuse)
 
 
 @app.command()
@@ -113,6 +141,8 @@ def convert(
     calib_tokens: _CalibTokens = None,
     seed: _Seed = 0,
     device: _Device = "auto",
+    memory: _Memory = None,
+    work: _Work = None,
     verify: Annotated[bool, typer.Option(help="Check the file in llama.cpp.")] = True,
     split_max_size: Annotated[
         str | None, typer.Option(help="Write several files with tensors of at most this size each, as 2G.")
@@ -126,43 +156,45 @@ def convert(
 ) -> None:
     """Reduce a model, quantize it, write it as GGUF, and check the file in llama.cpp."""
     from a3q import convert as run
-    from a3q.pipeline import parse_components, parse_size
-    from a3q.progress import shown_on
     from a3q.report import render
+    from a3q.settings import parse_components, parse_size
 
-    result = run(
-        model,
-        ratio=ratio,
-        quant=quant,
-        quantizer=quantizer,
-        strict=strict,
-        bits=bits,
-        size=None if size is None else parse_size("--size", size),
-        output_tensor_type=output_tensor_type,
-        token_embedding_type=token_embedding_type,
-        output=output,
-        components=parse_components(components),
-        own_ratios=_own(ratio_qk, ratio_ov, ratio_mlp),
-        kv_ratio=kv_ratio,
-        kv_type=kv_type,
-        context=ctx,
-        parallel=parallel,
-        fit=None if fit is None else parse_size("--fit", fit),
-        plan=plan,
-        ranks=ranks,
-        method=method,
-        calib=calib or ["self"],
-        calib_tokens=calib_tokens,
-        seed=seed,
-        device=device,
-        verify_file=verify,
-        split_max_size=None if split_max_size is None else parse_size("--split-max-size", split_max_size),
-        ollama=ollama,
-        report=report,
-        force=force,
-        pre=pre,
-        stages=shown_on(_errors),
-    )
+    with _continued(work):
+        result = run(
+            model,
+            ratio=ratio,
+            quant=quant,
+            quantizer=quantizer,
+            strict=strict,
+            bits=bits,
+            size=None if size is None else parse_size("--size", size),
+            output_tensor_type=output_tensor_type,
+            token_embedding_type=token_embedding_type,
+            output=output,
+            components=parse_components(components),
+            own_ratios=_own(ratio_qk, ratio_ov, ratio_mlp),
+            kv_ratio=kv_ratio,
+            kv_type=kv_type,
+            context=ctx,
+            parallel=parallel,
+            fit=None if fit is None else parse_size("--fit", fit),
+            plan=plan,
+            ranks=ranks,
+            method=method,
+            calib=calib or ["self"],
+            calib_tokens=calib_tokens,
+            seed=seed,
+            device=device,
+            verify_file=verify,
+            split_max_size=None if split_max_size is None else parse_size("--split-max-size", split_max_size),
+            ollama=ollama,
+            report=report,
+            force=force,
+            pre=pre,
+            memory_budget=None if memory is None else parse_size("--memory", memory),
+            work=work,
+            stages=_stages(),
+        )
     _output.print(render(result))
 
 
@@ -258,6 +290,8 @@ def reduce(
     calib_tokens: _CalibTokens = None,
     seed: _Seed = 0,
     device: _Device = "auto",
+    memory: _Memory = None,
+    work: _Work = None,
     verify: Annotated[bool, typer.Option(help="Check the folder in transformers.")] = True,
     report: Annotated[bool, typer.Option(help="Write FOLDER.report.html and FOLDER.report.json.")] = True,
     force: _Force = False,
@@ -265,36 +299,38 @@ def reduce(
 ) -> None:
     """Reduce a model and write it as a Hugging Face folder, which transformers runs after `import a3q`."""
     from a3q import reduce_to_folder
-    from a3q.pipeline import parse_components
-    from a3q.progress import shown_on
     from a3q.report import render
+    from a3q.settings import parse_components, parse_size
 
-    result = reduce_to_folder(
-        model,
-        ratio=ratio,
-        dtype=dtype,
-        quant=quant,
-        format=format_,
-        group_size=group_size,
-        symmetric=not asym,
-        quantizer=quantizer,
-        output=output,
-        components=parse_components(components),
-        own_ratios=_own(ratio_qk, ratio_ov, ratio_mlp),
-        kv_ratio=kv_ratio,
-        ranks=ranks,
-        method=method,
-        frequencies=frequencies,
-        calib=calib or ["self"],
-        calib_tokens=calib_tokens,
-        seed=seed,
-        device=device,
-        verify_output=verify,
-        report=report,
-        force=force,
-        pre=pre,
-        stages=shown_on(_errors),
-    )
+    with _continued(work):
+        result = reduce_to_folder(
+            model,
+            ratio=ratio,
+            dtype=dtype,
+            quant=quant,
+            format=format_,
+            group_size=group_size,
+            symmetric=not asym,
+            quantizer=quantizer,
+            output=output,
+            components=parse_components(components),
+            own_ratios=_own(ratio_qk, ratio_ov, ratio_mlp),
+            kv_ratio=kv_ratio,
+            ranks=ranks,
+            method=method,
+            frequencies=frequencies,
+            calib=calib or ["self"],
+            calib_tokens=calib_tokens,
+            seed=seed,
+            device=device,
+            verify_output=verify,
+            report=report,
+            force=force,
+            pre=pre,
+            memory_budget=None if memory is None else parse_size("--memory", memory),
+            work=work,
+            stages=_stages(),
+        )
     _output.print(render(result))
 
 
@@ -376,7 +412,7 @@ def plan(
     from a3q.choice import described, write_plan
     from a3q.footprint_table import render_forecast
     from a3q.gguf_types import TypeRequest
-    from a3q.pipeline import parse_components, parse_size
+    from a3q.settings import parse_components, parse_size
     from converters.headers import open_header
 
     asked = Asked(
@@ -502,15 +538,69 @@ def _note(text: str) -> None:
     _errors.print(text, style="dim", markup=False, highlight=False, soft_wrap=True)
 
 
-def main() -> None:
-    """Entry point of `a3q` and `python -m a3q`: exit code 2 for bad input, 1 for a file that failed its checks."""
+def _several() -> bool:
+    """Whether torchrun has started more processes than this one."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def _stages() -> Stages:
+    """Progress, which one of several processes shows for all."""
+    from a3q.progress import shown_on, silent
+
+    return silent if _several() and os.environ.get("RANK") != "0" else shown_on(_errors)
+
+
+@contextmanager
+def _continued(work: Path | None) -> Iterator[None]:
+    """Tells a user who ends the run how to go on."""
     try:
-        app()
-    except InputError as error:
-        _errors.print(f"a3q: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        yield
+    except KeyboardInterrupt:
+        if work is None:
+            _note("stopped; nothing was written. With --work FOLDER the same command could go on from here")
+        else:
+            _note(f"stopped; the same command goes on after the last finished layer, which {work} keeps")
+        raise
+
+
+@contextmanager
+def _joined() -> Iterator[None]:
+    """One of several processes, if there are any."""
+    if not _several():
+        yield
+        return
+    from a3q.ranks import Helped, ToldError, joined
+
+    try:
+        with suppress(Helped), joined():
+            yield
+    except ToldError:
+        # torchrun ends the others when one ends, so the first comes first: it has yet to say what it is.
+        time.sleep(_GRACE)
         sys.exit(2)
-    except VerifyError as error:
-        _errors.print(f"a3q: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        sys.exit(1)
+
+
+def _fail(error: Exception, code: int) -> NoReturn:
+    process = f" (process {os.environ.get('RANK')})" if _several() else ""
+    _errors.print(f"a3q{process}: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+    sys.exit(code)
+
+
+def _terminate(_number: int, _frame: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def main() -> None:
+    """Entry point of `a3q` and `python -m a3q`: exit code 2 for bad input, 1 for a file that failed its checks or a
+    process that was lost, 130 where the user ended it."""
+    # Asked to end by other means than Ctrl-C, it cleans up just as well.
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        with _joined():
+            app()
+    except InputError as error:
+        _fail(error, 2)
+    except (VerifyError, LostError) as error:
+        _fail(error, 1)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from a3q import ranks
 from a3q.model import Layer, LayerShape, ModelConfig
-from a3q.solve.mlp import solve_mlp
+from a3q.solve.mlp import MLPSolution, select_units, solve_mlp
 from a3q.solve.ov import OVSolution, solve_ov
 from a3q.solve.qk import (
     QKSolution,
@@ -123,12 +124,12 @@ def qk_loss(config: ModelConfig, shape: LayerShape, statistics: AttentionStatist
 def _kept_dimensions(shape: LayerShape, C_q: Tensor, C_k: Tensor, r: int, method: Method) -> tuple[Tensor, int]:
     """Indices `[G, R]` of the rotated pairs that each key head keeps, and how many of its other dimensions."""
     count, turned = shape.pairs, 2 * shape.pairs
-    keep, rest = split_dimensions(C_q, C_k, count, r)
+    keep, rest = ranks.same_object(split_dimensions(C_q, C_k, count, r))
     if method.frequencies == "shared":
         same = torch.tensor(select_frequencies(count, keep), dtype=torch.int64, device=C_q.device)
         return same.expand(len(C_k), -1), rest
     energy = pair_energy(C_q[:, :turned, :turned], C_k[:, :turned, :turned])
-    return select_pairs(energy, keep, keep // 2 if method.fitted else 0), rest
+    return ranks.agreed(select_pairs(energy, keep, keep // 2 if method.fitted else 0)), rest
 
 
 def _solve_qk(
@@ -141,14 +142,40 @@ def _solve_qk(
     rest: int,
     method: Method,
 ) -> QKSolution:
+    """Every process solves for its share of the key heads and of the queries that read them."""
+    H, G = config.num_attention_heads, config.num_key_value_heads
+    keys, queries = _own_heads(config)
+    if keys.stop > keys.start:
+        frequencies = shape.frequencies if len(shape.frequencies) < 2 else shape.frequencies[keys]
+        distances = statistics.distances()[queries] if frequencies else None
+        known = replace(shape, frequencies=frequencies)
+        own = _solve_heads(config, known, C_q[queries], C_k[keys], distances, kept[keys], rest, method)
+    else:
+        none = C_k.new_zeros(0, 2 * kept.shape[1] + rest, shape.qk_head_dim, dtype=torch.float64)
+        own = QKSolution(none, none, 0.0, 0.0)
+        if shape.pairs:
+            statistics.distances()  # which adds up over all processes
+    lost, energy = _added_up(own.lost, own.energy, C_q.device)
+    return QKSolution(ranks.joined_rows(own.query, H), ranks.joined_rows(own.key, G), lost, energy)
+
+
+def _solve_heads(
+    config: ModelConfig,
+    shape: LayerShape,
+    C_q: Tensor,
+    C_k: Tensor,
+    distances: Tensor | None,
+    kept: Tensor,
+    rest: int,
+    method: Method,
+) -> QKSolution:
     turned = 2 * shape.pairs
     parts = []
-    if turned:
+    if distances is not None:
         frequencies = torch.tensor(shape.frequencies, dtype=torch.float64, device=C_q.device)
         rotated_q, rotated_k = C_q[:, :turned, :turned], C_k[:, :turned, :turned]
         sweeps = SWEEPS if method.fitted else 0
         reach = min(config.max_position_embeddings, shape.sliding_window or config.max_position_embeddings)
-        distances = statistics.distances()
         parts.append(solve_pairs(rotated_q, rotated_k, distances, frequencies, kept, sweeps, reach))
     if turned < shape.qk_head_dim:
         parts.append(solve_plain(C_q[:, turned:, turned:], C_k[:, turned:, turned:], rest))
@@ -160,6 +187,21 @@ def _solve_qk(
 
     a, b = parts
     return QKSolution(diagonal(a.query, b.query), diagonal(a.key, b.key), a.lost + b.lost, a.energy + b.energy)
+
+
+def _own_heads(config: ModelConfig) -> tuple[slice, slice]:
+    """The key heads that this process solves for, if any, and the query heads that share them."""
+    groups, shared = config.num_key_value_heads, config.queries_per_group
+    own = ranks.share(groups)
+    return own, slice(own.start * shared, own.stop * shared)
+
+
+def _added_up(lost: float, energy: float, device: torch.device) -> tuple[float, float]:
+    """Both of all processes together."""
+    both = torch.tensor([lost, energy], dtype=torch.float64, device=device)
+    ranks.add_up(both)
+    total = both.tolist()
+    return total[0], total[1]
 
 
 def _select_normed(config: ModelConfig, shape: LayerShape, w: Layer, C_q: Tensor, C_k: Tensor, kept: Tensor) -> None:
@@ -205,9 +247,18 @@ def ov_loss(config: ModelConfig, w: Layer, statistics: AttentionStatistics, r: i
 
 
 def _solve_ov(config: ModelConfig, w: Layer, statistics: AttentionStatistics, r: int, method: Method) -> OVSolution:
+    """Every process solves for its share of the value heads and of the queries that read them."""
     H, G = config.num_attention_heads, config.num_key_value_heads
-    values = None if method.fitted or H == G else statistics.v.mean()
-    return solve_ov(statistics.o.mean(), _per_head(w["o"].T, H), G, r, values)
+    own, queries = _own_heads(config)
+    values = None if method.fitted or H == G else statistics.v.mean()[own]
+    moments, weights, groups = statistics.o.mean(), _per_head(w["o"].T, H), own.stop - own.start
+    if groups:
+        found = solve_ov(moments[queries], weights[queries], groups, r, values)
+    else:
+        none = moments.new_zeros(0, moments.shape[-1], r, dtype=torch.float64)
+        found = OVSolution(none, none.mT, 0.0, 0.0)
+    lost, energy = _added_up(found.lost, found.energy, w["o"].device)
+    return OVSolution(ranks.joined_rows(found.value, G), ranks.joined_rows(found.output, H), lost, energy)
 
 
 def reduce_ov(config: ModelConfig, w: Layer, statistics: AttentionStatistics, r: int, method: Method) -> float:
@@ -223,9 +274,12 @@ def reduce_ov(config: ModelConfig, w: Layer, statistics: AttentionStatistics, r:
 
 def reduce_mlp(w: Layer, m_moment: Tensor, keep: int, method: Method) -> tuple[Tensor, float]:
     """`keep` units, in place; their indices and the share of energy lost."""
-    solution = solve_mlp(m_moment, w["down"], keep, refit=method.fitted)
+    outputs = len(w["down"])
+    kept = ranks.agreed(select_units(m_moment, w["down"], keep))
+    found = solve_mlp(m_moment, w["down"][ranks.share(outputs)], kept, refit=method.fitted)
     for role in ("gate", "up", "gate_bias", "up_bias"):
         if role in w:
-            w[role] = w[role][solution.kept].contiguous()
-    w["down"] = solution.down.float().contiguous()
-    return solution.kept, solution.loss
+            w[role] = w[role][kept].contiguous()
+    w["down"] = ranks.joined_rows(found.down.float(), outputs).contiguous()
+    lost, energy = _added_up(found.lost, found.energy, m_moment.device)
+    return kept, MLPSolution(kept, found.down, lost, energy).loss

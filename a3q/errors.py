@@ -15,6 +15,10 @@ class VerifyError(Exception):
     """The written file is not what it should be. The CLI exits with 1."""
 
 
+class LostError(Exception):
+    """Another process of the same run is gone. The CLI exits with 1."""
+
+
 @contextmanager
 def named(hidden: Path, final: Path) -> Iterator[None]:
     """Errors from inside name the output as the user knows it, and not the hidden file that it still is."""

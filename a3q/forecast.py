@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from a3q import cache, predict
+from a3q.choosing import candidates
 from a3q.components import Method
 from a3q.dimensions import HEADS, UNIT_STEP, Grid, Plan, Request, all_sizes, gguf_grid, settle, unreduced
 from a3q.errors import InputError
@@ -14,8 +15,8 @@ from a3q.footprint import CACHE_BLOCK, Footprint, Speedup, TensorInfo, Use, can_
 from a3q.gguf_types import MOVED, TypeRequest
 from a3q.model import Model, ModelConfig
 from a3q.noise import Costs, matrices_of
-from a3q.pipeline import Settings, candidates
 from a3q.reduce import MLP, planned
+from a3q.settings import Settings
 from converters.assignment import Types, assign
 from converters.budget import choose
 from converters.entries import Entry, entries

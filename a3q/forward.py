@@ -21,7 +21,10 @@ Observer = Callable[[str, Tensor], None]
 T, F]`); of a whole block also what attention and MLP read, `attn_in` and `mlp_in` (`[B, T, hidden]`)."""
 
 BATCH_BYTES = 256 * 2**20
-"""Activation bytes that one batch of sequences may take inside a layer."""
+"""Activation bytes that one batch of sequences may take inside a layer on a CPU."""
+_CPU = torch.device("cpu")
+_GPU_SHARE = 24
+"""Part of a GPU's memory that they may take there: large matrices keep it busy."""
 
 _ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -34,6 +37,25 @@ _ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 def to_device(layer: Layer, device: torch.device) -> Layer:
     """The same weights on `device`."""
     return {role: weight.to(device) for role, weight in layer.items()}
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """What activations are computed in where there are many: bfloat16 on GPUs that have it, else float32."""
+    fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.bfloat16 if fast else torch.float32
+
+
+def lowered(w: Layer, dtype: torch.dtype) -> Layer:
+    """The same weights with matrices of `dtype`, which the functions below then compute in; the rest stays float32.
+
+    Contiguous, so that the same weights give the same bits wherever they come from.
+    """
+    return {role: weight.to(dtype).contiguous() if weight.dim() == 2 else weight for role, weight in w.items()}
+
+
+def _linear(w: Layer, name: str, x: Tensor) -> Tensor:
+    weight, bias = w[name], w.get(f"{name}_bias")
+    return F.linear(x.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype))
 
 
 @dataclass(frozen=True)
@@ -71,10 +93,18 @@ def rope(frequencies: tuple[tuple[float, ...], ...], length: int, device: torch.
 class KeyValueCache:
     """Keys and values of one layer for up to `capacity` positions, for generation."""
 
-    def __init__(self, config: ModelConfig, shape: LayerShape, batch: int, capacity: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        shape: LayerShape,
+        batch: int,
+        capacity: int,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         heads = config.num_key_value_heads
-        self.keys = torch.empty(batch, heads, capacity, shape.qk_head_dim, device=device)
-        self.values = torch.empty(batch, heads, capacity, shape.v_head_dim, device=device)
+        self.keys = torch.empty(batch, heads, capacity, shape.qk_head_dim, device=device, dtype=dtype)
+        self.values = torch.empty(batch, heads, capacity, shape.v_head_dim, device=device, dtype=dtype)
         self.capacity = capacity
         self.length = 0
 
@@ -92,6 +122,7 @@ def norm(config: ModelConfig, w: Layer, role: str, x: Tensor) -> Tensor:
     weight = w.get(role)
     if weight is None:
         return x
+    x = x.float()
     if config.norm == "layer":
         return F.layer_norm(x, weight.shape, weight, w.get(f"{role}_bias"), config.norm_eps)
     return F.rms_norm(x, weight.shape, weight, config.norm_eps)
@@ -120,7 +151,7 @@ def score_bias(config: ModelConfig, shape: LayerShape, start: int, end: int, dev
     return (-slopes[:, None, None] * distance).masked_fill(hidden, -math.inf)
 
 
-def attention(
+def attention_inner(
     config: ModelConfig,
     shape: LayerShape,
     w: Layer,
@@ -128,12 +159,12 @@ def attention(
     observe: Observer | None = None,
     cache: KeyValueCache | None = None,
 ) -> Tensor:
-    """Causal self-attention of normed `x`, output projection included, a norm behind it not."""
+    """What the output projection of causal self-attention on normed `x` reads, `[B, T, heads · v_head_dim]`."""
     B, T, _ = x.shape
     start, capacity = (0, T) if cache is None else (cache.length, cache.capacity)
 
     def heads(name: str, count: int, size: int) -> Tensor:
-        return F.linear(x, w[name], w.get(f"{name}_bias")).view(B, T, count, size).transpose(1, 2)
+        return _linear(w, name, x).view(B, T, count, size).transpose(1, 2)
 
     q = heads("q", config.num_attention_heads, shape.qk_head_dim)
     k = heads("k", config.num_key_value_heads, shape.qk_head_dim)
@@ -145,26 +176,58 @@ def attention(
         observe("k", k)
         observe("v", v)
     turn = rope(shape.frequencies, capacity, x.device).window(start, start + T)
-    q, k = turn(q), turn(k)
+    q, k = turn(q).to(v.dtype), turn(k).to(v.dtype)
     if cache is not None:
         k, v = cache.append(k, v)
     bias = score_bias(config, shape, start, start + T, x.device)
     o = F.scaled_dot_product_attention(
-        q, k, v, bias, is_causal=bias is None and T > 1, enable_gqa=config.queries_per_group > 1
+        q,
+        k,
+        v,
+        None if bias is None else bias.to(v.dtype),
+        is_causal=bias is None and T > 1,
+        enable_gqa=config.queries_per_group > 1,
     )
     if observe is not None:
         observe("o", o)
-    return F.linear(o.transpose(1, 2).reshape(B, T, -1), w["o"], w.get("o_bias"))
+    return o.transpose(1, 2).reshape(B, T, -1)
+
+
+def project(w: Layer, rows: Tensor) -> Tensor:
+    """The output projection of attention on what `attention_inner` gives."""
+    return _linear(w, "o", rows)
+
+
+def attention(
+    config: ModelConfig,
+    shape: LayerShape,
+    w: Layer,
+    x: Tensor,
+    observe: Observer | None = None,
+    cache: KeyValueCache | None = None,
+) -> Tensor:
+    """Causal self-attention of normed `x`, output projection included, a norm behind it not."""
+    return project(w, attention_inner(config, shape, w, x, observe, cache))
+
+
+def mlp_inner(config: ModelConfig, w: Layer, x: Tensor) -> Tensor:
+    """What the down projection of the MLP on normed `x` reads, `[B, T, F]`."""
+    activation = _ACTIVATIONS[config.activation]
+    m = _linear(w, "up", x)
+    return activation(_linear(w, "gate", x)) * m if "gate" in w else activation(m)
+
+
+def mlp_output(w: Layer, m: Tensor) -> Tensor:
+    """The down projection on what `mlp_inner` gives."""
+    return _linear(w, "down", m)
 
 
 def mlp(config: ModelConfig, w: Layer, x: Tensor, observe: Observer | None = None) -> Tensor:
     """MLP of normed `x`, gated where the layer has a gate; a norm behind it is not included."""
-    activation = _ACTIVATIONS[config.activation]
-    m = F.linear(x, w["up"], w.get("up_bias"))
-    m = activation(F.linear(x, w["gate"], w.get("gate_bias"))) * m if "gate" in w else activation(m)
+    m = mlp_inner(config, w, x)
     if observe is not None:
         observe("m", m)
-    return F.linear(m, w["down"], w.get("down_bias"))
+    return mlp_output(w, m)
 
 
 def block(
@@ -193,13 +256,25 @@ def embed(model: Model, tokens: Tensor, start: int = 0) -> Tensor:
     return x if positions is None else x + positions[start : start + tokens.shape[1]]
 
 
-def batches(config: ModelConfig, count: int, length: int) -> Iterator[slice]:
-    """Slices of `count` sequences of `length` tokens such that a layer's widest activations fit `BATCH_BYTES`."""
+def batch_size(config: ModelConfig, length: int, device: torch.device) -> int:
+    """Sequences of `length` tokens whose widest activations inside a layer may be in memory together.
+
+    The same on the same device whatever is free: sums depend on it, and a run that is continued must equal one that
+    was not interrupted.
+    """
+    room = BATCH_BYTES
+    if device.type == "cuda":
+        room = torch.cuda.get_device_properties(device).total_memory // _GPU_SHARE
     widest = config.widest
     per_token = 3 * widest.intermediate_size + 4 * config.num_attention_heads * widest.qk_head_dim
     if config.alibi_slopes:
         per_token += length * config.num_attention_heads
-    size = max(1, BATCH_BYTES // (4 * length * per_token))
+    return max(1, room // (4 * length * per_token))
+
+
+def batches(config: ModelConfig, count: int, length: int, device: torch.device = _CPU) -> Iterator[slice]:
+    """Slices of `count` sequences of `length` tokens, `batch_size` of them each."""
+    size = batch_size(config, length, device)
     for start in range(0, count, size):
         yield slice(start, min(start + size, count))
 
@@ -207,7 +282,7 @@ def batches(config: ModelConfig, count: int, length: int) -> Iterator[slice]:
 @torch.inference_mode()
 def run_layer(config: ModelConfig, shape: LayerShape, w: Layer, x: Tensor, device: torch.device) -> None:
     """Replace the hidden states `x` `[B, T, hidden]`, kept where they are, by this layer's output, batch by batch."""
-    for part in batches(config, x.shape[0], x.shape[1]):
+    for part in batches(config, x.shape[0], x.shape[1], device):
         x[part] = block(config, shape, w, x[part].to(device)).to(x.device)
 
 

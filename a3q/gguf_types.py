@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
@@ -11,13 +11,15 @@ from gguf.constants import GGMLQuantizationType
 from numpy import uint8
 from numpy.typing import NDArray
 
+from a3q import ranks
 from a3q.cache import costs_file, load_costs, save_costs
+from a3q.choosing import PROBES, growing, spread
 from a3q.errors import InputError
 from a3q.model import Model, ModelConfig
 from a3q.noise import Costs, matrices_of, measure
-from a3q.pipeline import PROBES, Calibrated, growing, spread
+from a3q.pipeline import Calibrated
 from a3q.quantize import Quantization
-from a3q.reduce import MLP, Reduction
+from a3q.reduce import MLP
 from a3q.solve.grid import GRIDS, Blocks, Grid
 from converters import ggml_encode
 from converters.assignment import Types, assign
@@ -51,6 +53,18 @@ class TypeRequest:
     strict: bool = False
     limit: Limit | None = None
     """Types are chosen within it; the plan then only says what the mixed file is called."""
+
+    def facts(self) -> dict[str, str]:
+        """By names and values for people."""
+        output, embed = self.plan.output, self.plan.embed
+        facts = {
+            "--quant": None if self.limit is not None else self.plan.name,
+            "--quantizer": self.quantizer,
+            "--bits, --size": None if self.limit is None else str(self.limit),
+            "--output-tensor-type": None if output is None else output.name,
+            "--token-embedding-type": None if embed is None else embed.name,
+        }
+        return {name: value for name, value in facts.items() if value is not None}
 
     def check(self) -> None:
         """InputError for what cannot be."""
@@ -171,9 +185,13 @@ class TypeSettler:
             moved = MOVED - frozenset(MLP) if self.cache_only else MOVED
             error = ExpectedError(self.original.source.stored, moved)
             return assign(self.request.plan, tensors, model.config, target.tied, error, self.request.strict)
-        overhead = 0 if self.request.limit.size is None else self.overhead(model)
-        costs = _costs(self.original, calibrated, target.tied)
-        return choose(tensors, costs, SampledError(self.original, MOVED), self.request.limit, overhead)
+        limit, overhead = self.request.limit, 0 if self.request.limit.size is None else self.overhead(model)
+
+        def chosen() -> Types:
+            costs = _costs(self.original, calibrated, target.tied)
+            return choose(tensors, costs, SampledError(self.original, MOVED), limit, overhead)
+
+        return ranks.by_first(chosen)
 
     def _quantization(self, types: Types, tensors: Sequence[Entry], model: Model, quantizer: str) -> Quantization:
         tied = target_for(model).tied
@@ -234,17 +252,16 @@ class TypeSettler:
         top = {e.name for e in tensors if e.layer is None}
         return frozenset((same & top) | (mlp if mlp <= same else set()))
 
-    def packed(self, reduction: Reduction) -> Callable[[int | None, str], NDArray[uint8] | None]:
-        """What `write_gguf` takes of the rounded weights."""
-
+    def packer(self) -> Callable[[int | None, Mapping[str, Blocks], str], NDArray[uint8] | None]:
+        """Given a layer (None: outside the layers), what was rounded there and a role: the encoded weight, if any."""
         source = _by_layer(self.original)
         assert self.settled is not None
         kept = self._kept(self.settled.types, self.settled.tensors)
         roles = {role.name for entry in self.settled.tensors if entry.name in kept for role in entry.roles}
 
-        def of(i: int | None, role: str) -> NDArray[uint8] | None:
+        def of(i: int | None, rounded: Mapping[str, Blocks], role: str) -> NDArray[uint8] | None:
             taken_over = role in roles or (i is not None and self.repacked)
-            blocks = source(i).get(role) if taken_over else reduction.blocks(i, role)
+            blocks = source(i).get(role) if taken_over else rounded.get(role)
             return None if blocks is None else pack(blocks)
 
         return of

@@ -57,6 +57,15 @@ class FolderQuant:
             raise InputError(f"--quantizer {quantizer}: a folder is rounded by {' or '.join(QUANTIZERS)}")
         return cls(bits, group_size, symmetric, quantizer or "gptq")
 
+    def facts(self) -> dict[str, str]:
+        """By names and values for people."""
+        return {
+            "--quant": f"{self.bits}bit",
+            "--group-size": str(self.group_size),
+            "--asym": "no" if self.symmetric else "yes",
+            "--quantizer": self.quantizer,
+        }
+
     @property
     def grid(self) -> Grid:
         """Values that a weight may take."""

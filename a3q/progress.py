@@ -41,6 +41,11 @@ def shown_on(console: Console) -> Stages:
     return stage
 
 
+def for_each(advance: Advance) -> Callable[[], None]:
+    """Progress by one unit a call."""
+    return lambda: advance(1)
+
+
 def to_share(advance: Advance) -> Callable[[float], None]:
     """Progress as the share done of all, as advances of one whole."""
     done = 0.0

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from a3q import ranks
 from a3q.errors import InputError
 from a3q.model import Layer
 from a3q.solve.gptq import quantize
@@ -60,10 +61,11 @@ class LayerRounding:
             weight = torch.cat([w[name] for name in names])
             where = f"{self.where}, {', '.join(names)}"
             _check(weight, gram, where)
-            # Rows are independent, and many at once take memory.
-            parts = [self._round(rows, gram, grid, where) for rows in torch.split(weight, _ROWS)]
-            blocks = Blocks.joined([part for part, _ in parts])
-            values = torch.cat([value for _, value in parts])
+            # Rows are independent: every process rounds its share, and not too many at once, since that takes memory.
+            own = torch.split(weight[ranks.share(len(weight))], _ROWS)
+            blocks = _of_all(Blocks.joined([self._round(rows, gram, grid, where) for rows in own]), len(weight))
+            # As it is read back, bit for bit: a run that is continued goes on with what was stored.
+            values = blocks.dequantize()
             if not bool(torch.isfinite(values).all()):
                 raise InputError(f"{where}: too large for the half-float scales of {grid.name}; write bf16 or f32")
             loss = _loss(weight, values, gram)
@@ -72,15 +74,19 @@ class LayerRounding:
                 self.blocks[name], self.losses[name] = part.to(torch.device("cpu")), loss
                 w[name] = value
 
-    def _round(self, rows: Tensor, gram: Tensor, grid: Grid, where: str) -> tuple[Blocks, Tensor]:
-        if self.nearest is None:
-            try:
-                found = quantize(rows, gram, grid)
-            except ValueError as error:
-                raise InputError(f"{where}: {error}; more or other calibration text may help") from error
-            return found.blocks, found.weight
-        blocks = self.nearest(rows, grid, gram.diagonal()).to(rows.device)
-        return blocks, blocks.dequantize()
+    def _round(self, rows: Tensor, gram: Tensor, grid: Grid, where: str) -> Blocks:
+        if self.nearest is not None:
+            return self.nearest(rows, grid, gram.diagonal()).to(rows.device)
+        try:
+            return quantize(rows, gram, grid).blocks
+        except ValueError as error:
+            raise InputError(f"{where}: {error}; more or other calibration text may help") from error
+
+
+def _of_all(own: Blocks, rows: int) -> Blocks:
+    """The whole matrix out of every process's rows."""
+    tensors = own.tensors().items()
+    return Blocks.of(own.grid, {name: ranks.joined_rows(value, rows) for name, value in tensors})
 
 
 def _check(weight: Tensor, gram: Tensor, where: str) -> None:

@@ -12,20 +12,26 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from a3q import ranks
+from a3q.ahead import behind, fetched
+from a3q.batching import Batches, out_of_memory
 from a3q.components import Method, even_heads, reduce_mlp, reduce_ov, reduce_qk, spread_norms
+from a3q.errors import InputError
 from a3q.fit import InputMoments, OutputFit
 from a3q.fit import target as target_of
-from a3q.forward import batches, embed, norm, to_device
+from a3q.forward import compute_dtype, embed, lowered, mlp_output, norm, project, to_device
 from a3q.model import Layer, LayerShape, Model, ModelConfig
 from a3q.quantize import LayerRounding, Quantization
+from a3q.room import Room
 from a3q.solve.grid import Blocks
 from a3q.statistics import AttentionStatistics, Moment
-from a3q.store import LayerStore
+from a3q.store import Finished, LayerLosses, LayerStore
 from a3q.stream import Stream
 
 MLP = ("gate", "up", "down")
@@ -57,15 +63,6 @@ def planned(config: ModelConfig, dimensions: Sequence[Dimensions]) -> ModelConfi
 
 
 @dataclass(frozen=True)
-class LayerLosses:
-    """Share of each component's functional energy that one layer lost before the refit; 0 if it was left alone."""
-
-    qk: float = 0.0
-    ov: float = 0.0
-    mlp: float = 0.0
-
-
-@dataclass(frozen=True)
 class Reduction:
     """A reduced model, and what each layer lost."""
 
@@ -77,12 +74,18 @@ class Reduction:
     """What was rounded outside the layers."""
     rounding_losses: Sequence[Mapping[str, float]] = ()
     """Share of the output energy that rounding cost each weight of each layer, by role."""
+    notes: tuple[str, ...] = ()
+    """What the user should know about how it went."""
 
     def blocks(self, layer: int | None, role: str) -> Blocks | None:
         """A rounded weight (`layer` None: outside the layers); None where it was not rounded."""
         if layer is None:
             return self.top.get(role)
         return None if self.layers is None else self.layers.blocks(layer).get(role)
+
+
+OnFinished = Callable[[int, Finished], None]
+"""Called with each layer in turn, from another thread on a GPU. Of rounded weights it has the blocks only."""
 
 
 @torch.inference_mode()
@@ -96,110 +99,293 @@ def reduce(
     on_layer: Callable[[], None] = lambda: None,
     quantization: Quantization | None = None,
     mlp_stays: bool = False,
+    *,
+    folder: Path | None = None,
+    on_finished: OnFinished = lambda i, finished: None,
+    for_all: bool = False,
 ) -> Reduction:
     """`model` with each layer under its `dimensions`, and rounded if so told, calibrated on `tokens` `[B, T]`.
 
-    Reduced layers beyond `memory_budget` bytes wait on disk. With `mlp_stays` an MLP is only touched to be rounded;
-    otherwise it is fitted to the attention before it even where its size stays. ValueError for rounding with a
-    `method` that fits nothing.
+    Hidden states and reduced layers beyond `memory_budget` bytes wait on disk. With `mlp_stays` an MLP is only touched
+    to be rounded; otherwise it is fitted to the attention before it even where its size stays. In a `folder` all
+    finished layers are kept, and those that an earlier run has left there are not done again: the hidden states pass
+    through them, so that the result is the same.
+
+    Over several processes (`a3q.ranks`) each takes its share of the sequences; the first alone has the layers after,
+    unless they are `for_all`.
+    InputError for activations that are no numbers and where memory or disk are not enough, ValueError for rounding with
+    a `method` that fits nothing.
     """
+    if len(dimensions) != model.config.num_hidden_layers:
+        raise ValueError(f"dimensions of {len(dimensions)} layers for {model.config.num_hidden_layers}")
     if quantization is not None and not method.fitted:
         raise ValueError(f"method {method.name} does not follow what rounding does to the layers before")
     normed_apart = model.config.qk_norm == "head" and any(
         new.qk_head_dim < old.qk_head_dim for new, old in zip(dimensions, model.config.layers, strict=True)
     )
     config = dataclasses.replace(model.config, qk_norm="heads") if normed_apart else model.config
-    quantization = quantization or Quantization([{}] * len(model.config.layers))
-    outside = LayerRounding(quantization.top, quantization.nearest, str(model.source.path))
-    top = dict(model.top)
-    x = embed(model, tokens)
-    x = x.to(_home(x.nbytes, device))
-    reference = Stream(model.config, x, device)
-    y = x.clone()
-    if "embed" in quantization.top and not model.config.tie_word_embeddings:
-        # Tokens pick rows of it; all columns count the same.
-        top["embed"] = model.embed.to(device)
-        outside.apply(top, ("embed",), torch.eye(model.config.hidden_size, device=device))
-        top["embed"] = top["embed"].to(model.embed.device)
-        y = embed(dataclasses.replace(model, top=top), tokens).to(x.device)
-    reduced = Stream(config, y, device) if method.fitted else None
-    layers = LayerStore(memory_budget)
-    shapes, losses, rounding_losses = [], [], []
-    for i, (shape, target, w) in enumerate(zip(model.config.layers, dimensions, model.layers, strict=True)):
-        w = to_device(w, device)
-        rounding = LayerRounding(quantization.layers[i], quantization.nearest, f"{model.source.path}: layer {i}")
+    run = _Run(model, config, method, quantization, device, Room(memory_budget, device, folder), mlp_stays)
+    left = ranks.alone(lambda: LayerStore(run.room.left, folder))
+    store = LayerStore(run.room.left) if left is None else left
+    top = run.begin(tokens, store)
+    layers: list[Finished] = []
+
+    def load(i: int) -> Layer:
+        w = to_device(model.layers[i], device)
         if normed_apart:
             # The forward pass makes the same of copies, so both streams may run on them.
             spread_norms(model.config, w)
-        if reduced is None:
-            layer, new_shape, loss = reduce_plainly(w, shape, target, reference, method)
-        else:
-            streams = _Streams(reference, reduced)
-            layer, new_shape, loss = reduce_fitted(w, shape, target, streams, method, rounding, mlp_stays)
-        layers.append(to_device(layer, model.embed.device), rounding.blocks)
-        shapes.append(new_shape)
-        losses.append(loss)
-        rounding_losses.append(rounding.losses)
-        on_layer()
-    if reduced is not None:
-        _round_output(model.config, top, reduced, outside)
+        return w
+
+    done = ranks.same_object(len(store))
+    beside = device.type == "cuda"
+    with behind(beside) as later:
+        loads = [partial(load, i) for i in range(len(dimensions))]
+        for i, (shape, target, w) in enumerate(
+            zip(model.config.layers, dimensions, fetched(loads, beside), strict=True)
+        ):
+            finished = _again(run, store, i, shape, w) if i < done else run.layer(i, shape, target, w)
+            layers.append(dataclasses.replace(finished, layer={}, blocks={}))
+            if ranks.first() or for_all:
+                later(partial(_put_away, store, i, finished, on_finished))
+            on_layer()
+    outside = run.finish(top, store)
     found = dataclasses.replace(
         model,
-        config=dataclasses.replace(config, layers=tuple(shapes)),
-        layers=layers,
-        top=to_device(top, model.embed.device),
+        config=dataclasses.replace(config, layers=tuple(one.shape for one in layers)),
+        layers=store,
+        top=top,
     )
-    return Reduction(found, losses, layers, outside.blocks, rounding_losses)
+    losses, rounding_losses = [one.losses for one in layers], [one.rounding_losses for one in layers]
+    return Reduction(found, losses, store, outside, rounding_losses, tuple(run.batches.notes))
 
 
-def _round_output(config: ModelConfig, top: Layer, stream: Stream, rounding: LayerRounding) -> None:
-    """The output weight for the states that reach it; tied, it is the embedding as well."""
-    role = "embed" if config.tie_word_embeddings else "output"
-    if role not in rounding.grids:
-        return
-    inputs = InputMoments(config.hidden_size, stream.device)
-    last = to_device({name: weight for name, weight in top.items() if name.startswith("final_norm")}, stream.device)
-    for part in batches(config, stream.x.shape[0], stream.x.shape[1]):
-        inputs.add(norm(config, last, "final_norm", stream.part(part)))
-    top[role] = top[role].to(stream.device)
-    rounding.apply(top, (role,), inputs.gram())
+def _put_away(store: LayerStore, i: int, finished: Finished, on_finished: OnFinished) -> None:
+    if i == len(store):
+        store.append(finished)
+    on_finished(i, finished)
 
 
-def _home(stream_bytes: int, device: torch.device) -> torch.device:
-    """Where hidden states are kept: on a GPU that has ample room for both streams and what is made of them."""
-    if device.type == "cuda" and 8 * stream_bytes < torch.cuda.mem_get_info(device)[0]:
-        return device
-    return torch.device("cpu")
+def _again(run: _Run, store: LayerStore, i: int, shape: LayerShape, w: Layer) -> Finished:
+    """Take a layer from an earlier run: the hidden states pass through it."""
+    known = ranks.alone(lambda: store.finished(i))
+    about = ranks.same_object(None if known is None else dataclasses.replace(known, layer={}, blocks={}))
+    assert about is not None
+    layer = ranks.same({} if known is None else known.layer, run.device)
+    run.pass_through(shape, w, about.shape, layer)
+    return known or dataclasses.replace(about, layer=to_device(layer, torch.device("cpu")))
+
+
+class _Run:
+    """The hidden states of one pass over the layers, and what is done to each."""
+
+    def __init__(
+        self,
+        model: Model,
+        config: ModelConfig,
+        method: Method,
+        quantization: Quantization | None,
+        device: torch.device,
+        room: Room,
+        mlp_stays: bool,
+    ) -> None:
+        self.model, self.method, self.device, self.room = model, method, device, room
+        self.mlp_stays = mlp_stays
+        self._reduced_config = config
+        self._quantization = quantization or Quantization([{}] * model.config.num_hidden_layers)
+        self._dtype = compute_dtype(device)
+
+    def begin(self, tokens: Tensor, store: LayerStore) -> Layer:
+        """Embed this process's share of `tokens`; the weights outside the layers, rounded if they are the input's."""
+        model, config = self.model, self.model.config
+        B, T = tokens.shape
+        own = ranks.share(B)
+        tokens, self._earlier = tokens[own], own.start
+        self.batches = Batches(config, T, self.device)
+        top = dict(model.top)
+        reference = self._stream(config, model, tokens)
+        self._outside = LayerRounding(self._quantization.top, self._quantization.nearest, str(model.source.path))
+        if "embed" in self._quantization.top and not config.tie_word_embeddings:
+            # Tokens pick rows of it; all columns count the same.
+            identity = torch.eye(config.hidden_size, device=self.device)
+            self._round_top(top, "embed", lambda: identity, store)
+        self._streams = None
+        self._reference = reference
+        if self.method.fitted:
+            reduced = self._stream(self._reduced_config, dataclasses.replace(model, top=top), tokens)
+            widest = config.num_attention_heads * config.widest.v_head_dim
+            outputs, attended = (self.room.empty(len(tokens), T, n) for n in (config.hidden_size, widest))
+            self._streams = _Streams(reference, reduced, self.batches, self._dtype, own.start, outputs, attended)
+        return top
+
+    def _stream(self, config: ModelConfig, model: Model, tokens: Tensor) -> Stream:
+        shape = *tokens.shape, config.hidden_size
+        # Both streams and what is made of them, beside a layer and what its moments and solvers need.
+        total = torch.cuda.get_device_properties(self.device).total_memory if self.device.type == "cuda" else 0
+        x = self.room.empty(*shape, spare=total // 3)
+        for start in range(0, len(tokens), _EMBEDDED):
+            x[start : start + _EMBEDDED] = embed(model, tokens[start : start + _EMBEDDED])
+        entry = self.room.empty(*shape, spare=total // 3) if config.parallel_residual else None
+        return Stream(config, x, self.device, entry)
+
+    def layer(self, i: int, shape: LayerShape, target: Dimensions, w: Layer) -> Finished:
+        """Layer `i` of weights `w` reduced to `target` and rounded; the hidden states move on through it."""
+        where = f"{self.model.source.path}: layer {i}"
+        rounding = LayerRounding(self._quantization.layers[i], self._quantization.nearest, where)
+        try:
+            if self._streams is None:
+                new, new_shape, loss = reduce_plainly(
+                    w, shape, target, self._reference, self.batches, self._earlier, self.method, where
+                )
+            else:
+                new, new_shape, loss = reduce_fitted(
+                    w, shape, target, self._streams, self.method, rounding, self.mlp_stays
+                )
+        except (ValueError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]  # exported at run time
+            raise InputError(f"{where}: {error}; more or other calibration text may help") from error
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            raise InputError(
+                f"{where}: out of memory on {self.device}: its moments and solvers do not fit; free some memory or use "
+                "--device cpu"
+            ) from error
+        plain = {role: weight for role, weight in new.items() if role not in rounding.blocks}
+        return Finished(to_device(plain, torch.device("cpu")), new_shape, loss, rounding.blocks, rounding.losses)
+
+    def pass_through(self, shape: LayerShape, w: Layer, new_shape: LayerShape, new: Layer) -> None:
+        """Move the hidden states on through a layer that was reduced before."""
+        low = lowered(w, self._dtype)
+        if self._streams is None:
+            _pass(self._reference, self.batches, shape, low)
+            return
+        _pass(self._streams.reference, self.batches, shape, low)
+        _pass(self._streams.reduced, self.batches, new_shape, lowered(new, self._dtype))
+
+    def finish(self, top: Layer, store: LayerStore) -> dict[str, Blocks]:
+        """Round the output weight for the states that reach it; tied, it is the embedding as well."""
+        role = "embed" if self.model.config.tie_word_embeddings else "output"
+        if self._streams is not None and role in self._quantization.top:
+            self._round_top(top, role, partial(self._output_moments, self._streams.reduced, top), store)
+        return self._outside.blocks
+
+    def _output_moments(self, stream: Stream, top: Layer) -> Tensor:
+        config, device = self.model.config, self.device
+        inputs = InputMoments(config.hidden_size, device)
+        last = to_device({name: weight for name, weight in top.items() if name.startswith("final_norm")}, device)
+
+        def see(part: slice) -> None:
+            inputs.add(norm(config, last, "final_norm", stream.part(part)).to(self._dtype))
+
+        self.batches.each(len(stream.x), see)
+        return inputs.gram()
+
+    def _round_top(self, top: Layer, role: str, gram: Callable[[], Tensor], store: LayerStore) -> None:
+        """Round a weight outside the layers in place, or take it from an earlier run."""
+        known = store.top(role)
+        if ranks.same_object(known is not None):
+            known = Blocks.of(
+                ranks.same_object(None if known is None else known.grid) or self._quantization.top[role],
+                ranks.same({} if known is None else known.tensors(), torch.device("cpu")),
+            )
+            self._outside.blocks[role], top[role] = known, known.dequantize()
+            return
+        home = top[role].device
+        top[role] = top[role].to(self.device)
+        self._outside.apply(top, (role,), gram())
+        top[role] = top[role].to(home)
+        if ranks.first():
+            store.keep_top(role, self._outside.blocks[role])
+
+
+_EMBEDDED = 8
+"""Sequences that are embedded at once."""
 
 
 @dataclass(frozen=True)
 class _Streams:
-    """The original's hidden states, and those behind the layers already reduced."""
+    """The original's hidden states, those behind the layers already reduced, and room for what passes between them."""
 
     reference: Stream
     reduced: Stream
+    batches: Batches
+    dtype: torch.dtype
+    """Of matrices and activations inside the components."""
+    earlier: int
+    """Sequences before these, in other processes."""
+    outputs: Tensor
+    """`[B, T, hidden]`"""
+    attended: Tensor
+    """`[B, T, heads · v_head_dim]` of the widest layer."""
+
+    def each(self, work: Callable[[slice], None]) -> None:
+        """`work` on all sequences, in batches; see `Batches.each`."""
+        self.batches.each(len(self.reduced.x), work)
+
+
+def _pass(stream: Stream, batches: Batches, shape: LayerShape, low: Layer) -> None:
+    """Move hidden states on through a layer, a component at a time, as when it was reduced."""
+    stream.begin_layer()
+    count = len(stream.x)
+    batches.each(count, lambda part: stream.pass_attention(shape, low, part))
+    batches.each(count, lambda part: stream.pass_mlp(low, part))
+
+
+def _check(where: str, moments: Mapping[str, Moment]) -> None:
+    """InputError names the first of the activations, in the order of the forward pass, that is no number."""
+    for name, moment in moments.items():
+        if not bool(torch.isfinite(moment.mean()).all()):
+            raise InputError(
+                f"{where}: {name} holds values that are no numbers (NaN or infinite) on the calibration text; the "
+                "model is broken there, or numbers overflow"
+            )
+
+
+def _check_attention(where: str, statistics: AttentionStatistics) -> None:
+    named = {"the queries": statistics.q, "the keys": statistics.k, "the values": statistics.v}
+    _check(where, {**named, "the attention's output": statistics.o})
 
 
 def reduce_plainly(
-    w: Layer, shape: LayerShape, target: Dimensions, reference: Stream, method: Method
+    w: Layer,
+    shape: LayerShape,
+    target: Dimensions,
+    reference: Stream,
+    batches: Batches,
+    earlier: int,
+    method: Method,
+    where: str,
 ) -> tuple[Layer, LayerShape, LayerLosses]:
     """One layer as the paper does it, on the original's own activations; the stream moves on through the original."""
     config, (B, T, _) = reference.config, reference.x.shape
-    new = dict(w)
-    statistics = AttentionStatistics(config, shape, T, reference.device)
+    new, low = dict(w), lowered(w, compute_dtype(reference.device))
+    statistics = AttentionStatistics(config, shape, T, reference.device, earlier)
     reference.begin_layer()
-    for part in batches(config, B, T):
-        reference.add(part, w, "attn_post_norm", reference.attention(shape, w, part, statistics))
+
+    def see(part: slice) -> None:
+        y = reference.after(low, "attn_post_norm", reference.attention(shape, low, part, statistics))
+        y = y.to(reference.x.device)
+        statistics.take_in()
+        reference.x[part] += y
+
+    batches.each(B, see)
+    _check_attention(where, statistics)
     new_shape, qk, ov = _reduce_attention(config, shape, target, new, statistics, method)
 
     units, lost = shape.intermediate_size, 0.0
-    gram = Moment(units, units, device=reference.device)
-    for part in batches(config, B, T):
-        seen: dict[str, Tensor] = {}
-        reference.add(part, w, "mlp_post_norm", reference.mlp(w, part, seen.__setitem__))
-        if target.intermediate_size < units:
-            gram.add(seen["m"].flatten(0, 1))
-    if target.intermediate_size < units:
+    shrinks = target.intermediate_size < units
+    gram = Moment(units, units, device=reference.device) if shrinks else None
+
+    def see_units(part: slice) -> None:
+        m = reference.mlp_inner(low, part)
+        y = reference.after(low, "mlp_post_norm", mlp_output(low, m)).to(reference.x.device)
+        if gram is not None:
+            gram.add(m.flatten(0, 1))
+        reference.x[part] += y
+
+    batches.each(B, see_units)
+    if gram is not None:
+        _check(where, {"the MLP's inner activations": gram})
         _, lost = reduce_mlp(new, gram.mean(), target.intermediate_size, method)
     return new, new_shape, LayerLosses(qk, ov, lost)
 
@@ -214,16 +400,15 @@ def reduce_fitted(
     mlp_stays: bool = False,
 ) -> tuple[Layer, LayerShape, LayerLosses]:
     """One layer as a3q does it, rounded as it goes; both streams move on through it. See `reduce` for `mlp_stays`."""
-    new = dict(w)
+    new, low = dict(w), lowered(w, streams.dtype)
     streams.reference.begin_layer()
     streams.reduced.begin_layer()
-    new_shape, qk, ov = _fit_attention(w, new, shape, target, streams, method, rounding)
+    new_shape, qk, ov = _fit_attention(low, new, shape, target, streams, method, rounding)
     if mlp_stays and rounding.grids.keys().isdisjoint(MLP):
-        for part in batches(streams.reduced.config, *streams.reduced.x.shape[:2]):
-            for stream in (streams.reference, streams.reduced):
-                stream.add(part, w, "mlp_post_norm", stream.mlp(w, part))
+        for stream in (streams.reference, streams.reduced):
+            streams.each(partial(stream.pass_mlp, low))
         return new, new_shape, LayerLosses(qk, ov, 0.0)
-    lost = _fit_mlp(w, new, shape, target, streams, method, rounding)
+    lost = _fit_mlp(low, new, shape, target, streams, method, rounding)
     return new, new_shape, LayerLosses(qk, ov, lost)
 
 
@@ -245,7 +430,7 @@ def _reduce_attention(
 
 
 def _fit_attention(
-    w: Layer,
+    low: Layer,
     new: Layer,
     shape: LayerShape,
     target: Dimensions,
@@ -253,41 +438,52 @@ def _fit_attention(
     method: Method,
     rounding: LayerRounding,
 ) -> tuple[LayerShape, float, float]:
-    reference, reduced = streams.reference, streams.reduced
-    config, device, (B, T, hidden) = reference.config, reduced.device, reduced.x.shape
+    """`new`, the original's weights, reduced in place; `low` are the same for the forward pass."""
+    reference, reduced, outputs = streams.reference, streams.reduced, streams.outputs
+    config, device, (_, T, hidden) = reference.config, reduced.device, reduced.x.shape
     # The original layer on the reduced stream.
     local = Stream(config, reduced.x, device)
-    statistics = AttentionStatistics(config, shape, T, device)
+    statistics = AttentionStatistics(config, shape, T, device, streams.earlier)
     inputs = InputMoments(hidden, device)
-    outputs = torch.empty_like(reduced.x)
-    for part in batches(config, B, T):
-        inputs.add(local.attention_input(w, part))
-        reference.add(part, w, "attn_post_norm", reference.attention(shape, w, part))
-        outputs[part] = local.attention(shape, w, part, statistics).to(outputs.device)
+
+    def see(part: slice) -> None:
+        x = local.attention_input(low, part).to(streams.dtype)
+        theirs = reference.after(low, "attn_post_norm", reference.attention(shape, low, part)).to(reference.x.device)
+        outputs[part] = local.attention(shape, low, part, statistics).to(outputs.device)
+        take = inputs.prepared(x)
+        statistics.take_in()
+        take()
+        reference.x[part] += theirs
+
+    streams.each(see)
+    _check(rounding.where, {"the attention's input": inputs.moment})
+    _check_attention(rounding.where, statistics)
     new_shape, qk, ov = _reduce_attention(config, shape, target, new, statistics, method)
     even_heads(config, new_shape, new, inputs.gram(), inputs.mean())
     rounding.apply(new, ("q", "k", "v"), inputs.gram())
 
     width = config.num_attention_heads * target.v_head_dim
     fit = OutputFit(width, hidden, device)
-    attended = torch.empty(B, T, width, device=reduced.x.device)
-    for part in batches(config, B, T):
-        seen: dict[str, Tensor] = {}
-        reduced.attention(new_shape, new, part, seen.__setitem__)
-        rows = seen["o"].transpose(1, 2).flatten(2)
+    attended = streams.attended.flatten()[: reduced.x[..., 0].numel() * width].view(*reduced.x.shape[:2], width)
+    small = lowered(new, streams.dtype)
+
+    def gather(part: slice) -> None:
+        rows = reduced.attention_inner(new_shape, small, part)
+        wanted = target_of(reference, reduced, part, low, "attn_post_norm", outputs[part].to(device))
         attended[part] = rows.to(attended.device)
-        wanted = target_of(reference, reduced, part, w, "attn_post_norm", outputs[part].to(device))
         fit.add(rows.flatten(0, 1), wanted.flatten(0, 1))
+
+    streams.each(gather)
+    _check(rounding.where, {"the reduced attention's output": fit.gram, "the attention's projection": fit.cross})
     fit.apply(new, "o")
     rounding.apply(new, ("o",), fit.gram.mean())
-    for part in batches(config, B, T):
-        y = F.linear(attended[part].to(device), new["o"], new.get("o_bias"))
-        reduced.add(part, new, "attn_post_norm", y)
+    small = lowered(new, streams.dtype)
+    streams.each(lambda part: reduced.add(part, small, "attn_post_norm", project(small, attended[part].to(device))))
     return new_shape, qk, ov
 
 
 def _fit_mlp(
-    w: Layer,
+    low: Layer,
     new: Layer,
     shape: LayerShape,
     target: Dimensions,
@@ -295,37 +491,69 @@ def _fit_mlp(
     method: Method,
     rounding: LayerRounding,
 ) -> float:
-    reference, reduced = streams.reference, streams.reduced
-    device, (B, T, hidden) = reduced.device, reduced.x.shape
-    inputs, fit = InputMoments(hidden, device), OutputFit(shape.intermediate_size, hidden, device)
-    outputs = torch.empty_like(reduced.x)
-    for part in batches(reference.config, B, T):
-        reference.add(part, w, "mlp_post_norm", reference.mlp(w, part))
-        seen: dict[str, Tensor] = {}
-        local = reduced.mlp(w, part, seen.__setitem__)
-        wanted = target_of(reference, reduced, part, w, "mlp_post_norm", local)
-        if rounding.grids:
-            inputs.add(reduced.mlp_input(w, part))
+    """Like `_fit_attention`."""
+    streams.each(partial(streams.reference.pass_mlp, low))
+    inputs = InputMoments(streams.reduced.x.shape[-1], streams.reduced.device) if rounding.grids else None
+    lost = _reduce_units(low, new, shape, target, streams, method, inputs, rounding.where)
+    if "gate" in new:
+        _balance_units(new)
+    if inputs is not None:
+        rounding.apply(new, ("gate", "up"), inputs.gram())
+        _fit_rounded(new, target, streams, rounding)
+    small = lowered(new, streams.dtype)
+    streams.each(partial(streams.reduced.pass_mlp, small))
+    return lost
+
+
+def _reduce_units(
+    low: Layer,
+    new: Layer,
+    shape: LayerShape,
+    target: Dimensions,
+    streams: _Streams,
+    method: Method,
+    inputs: InputMoments | None,
+    where: str,
+) -> float:
+    """The units of an MLP in place, fitted to a target behind it that stays in `outputs`; the share of energy lost."""
+    reference, reduced, outputs = streams.reference, streams.reduced, streams.outputs
+    fit = OutputFit(shape.intermediate_size, reduced.x.shape[-1], reduced.device)
+
+    def see(part: slice) -> None:
+        m = reduced.mlp_inner(low, part)
+        wanted = target_of(reference, reduced, part, low, "mlp_post_norm", mlp_output(low, m).float())
+        take = None
+        if inputs is not None:
+            take = inputs.prepared(reduced.mlp_input(low, part).to(streams.dtype))
             outputs[part] = wanted.to(outputs.device)
-        fit.add(seen["m"].flatten(0, 1), wanted.flatten(0, 1))
+        fit.add(m.flatten(0, 1), wanted.flatten(0, 1))
+        if take is not None:
+            take()
+
+    streams.each(see)
+    if inputs is not None:
+        _check(where, {"the MLP's input": inputs.moment})
+    _check(where, {"the MLP's inner activations": fit.gram, "the MLP's output": fit.cross})
     kept, lost = None, 0.0
     if target.intermediate_size < shape.intermediate_size:
         kept, lost = reduce_mlp(new, fit.gram.mean(), target.intermediate_size, method)
     fit.apply(new, "down", kept)
-    if "gate" in new:
-        _balance_units(new)
-    if rounding.grids:
-        rounding.apply(new, ("gate", "up"), inputs.gram())
-        # The units are not quite what they were.
-        fit = OutputFit(target.intermediate_size, hidden, device)
-        for part in batches(reduced.config, B, T):
-            reduced.mlp(new, part, seen.__setitem__)
-            fit.add(seen["m"].flatten(0, 1), outputs[part].to(device).flatten(0, 1))
-        fit.apply(new, "down")
-        rounding.apply(new, ("down",), fit.gram.mean())
-    for part in batches(reduced.config, B, T):
-        reduced.add(part, new, "mlp_post_norm", reduced.mlp(new, part))
     return lost
+
+
+def _fit_rounded(new: Layer, target: Dimensions, streams: _Streams, rounding: LayerRounding) -> None:
+    """The down projection once more: behind rounded weights the units are not quite what they were."""
+    reduced, outputs = streams.reduced, streams.outputs
+    fit = OutputFit(target.intermediate_size, reduced.x.shape[-1], reduced.device)
+    small = lowered(new, streams.dtype)
+
+    def gather(part: slice) -> None:
+        m = reduced.mlp_inner(small, part)
+        fit.add(m.flatten(0, 1), outputs[part].to(reduced.device).flatten(0, 1))
+
+    streams.each(gather)
+    fit.apply(new, "down")
+    rounding.apply(new, ("down",), fit.gram.mean())
 
 
 def _balance_units(w: Layer) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -60,7 +59,7 @@ def write_reports(result: Result) -> tuple[Path, Path]:
         page: render(found, data.name).encode(errors="replace"),
         data: (json.dumps(found, indent=1, allow_nan=False) + "\n").encode(),
     }
-    parts = {path: path.with_name(f".{path.name}.{os.getpid()}.part") for path in texts}
+    parts = {path: path.with_name(f".{path.name}.part") for path in texts}
     old = [path for path in texts if path.exists()]
     try:
         for path, text in texts.items():

@@ -11,7 +11,8 @@ from a3q.dimensions import Request
 from a3q.footprint import Footprint, Use
 from a3q.model import Model
 from a3q.ollama import OllamaOutcome
-from a3q.pipeline import Reduced, Settings
+from a3q.pipeline import Reduced
+from a3q.settings import Settings
 from a3q.verify import Verification
 from converters.gguf_writer import WrittenFile
 from converters.hf_writer import WrittenFolder

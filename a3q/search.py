@@ -9,6 +9,7 @@ from itertools import product
 
 from a3q import predict
 from a3q.cache import Sensitivities
+from a3q.choosing import candidates
 from a3q.dimensions import HEADS, SMALLEST, Grid, Request, size_of
 from a3q.errors import InputError
 from a3q.families import Component
@@ -16,8 +17,8 @@ from a3q.footprint import CACHE_BLOCK, CACHE_TYPES, Use, cache_bytes
 from a3q.forecast import Forecast, Forecaster, check_cache, grid_for
 from a3q.gguf_types import TypeRequest
 from a3q.model import ModelConfig
-from a3q.pipeline import RATIO, Settings, candidates
 from a3q.reduce import planned
+from a3q.settings import RATIO, Settings
 from a3q.units import megabytes
 from converters.mixes import MIXES
 from converters.types import BITS, bits_per_weight, resolve_quant

@@ -15,20 +15,16 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from a3q import ranks
 from a3q.allocate import Curve
+from a3q.batching import Batches
 from a3q.components import Method, ov_loss, qk_loss, reduce_mlp, reduce_ov, reduce_qk
+from a3q.errors import InputError
 from a3q.families import Component
-from a3q.forward import (
-    batches,
-    block,
-    embed,
-    norm,
-    output_logits,
-    run_layer,
-    to_device,
-)
+from a3q.forward import block, compute_dtype, embed, lowered, norm, output_logits, run_layer, to_device
 from a3q.model import Layer, LayerShape, Model, ModelConfig
 from a3q.perplexity import mean_divergences
+from a3q.room import Room
 from a3q.solve.mlp import mlp_losses
 from a3q.statistics import AttentionStatistics, Moment
 
@@ -60,11 +56,16 @@ class _Moments:
     mlp: Moment
 
     def __call__(self, name: str, x: Tensor) -> None:
-        """Take in what a batch's attention or MLP shows."""
+        """See what a batch's attention or MLP shows."""
         if name == "m":
-            self.mlp.add(x.flatten(0, 1))
+            self._units = x
         elif name in ("q", "k", "v", "o"):
             self.attention(name, x)
+
+    def take_in(self) -> None:
+        """Count the batch that was seen last."""
+        self.attention.take_in()
+        self.mlp.add(self._units.flatten(0, 1))
 
 
 @torch.inference_mode()
@@ -77,37 +78,52 @@ def measure(
     device: torch.device,
     method: Method,
     on_layer: Callable[[], None] = lambda: None,
+    memory_budget: int = 1 << 40,
 ) -> list[dict[Component, Sensitivity]]:
     """Sensitivities of each layer's components in `sizes` (one for each layer).
 
     `tokens` `[B, T]` give the moments, `probes` `[S, T']` the KL, over the second half of each. A component is probed
     at the size nearest to a reduction by `ratio`. The branches take `S · T' · hidden_size` floats for each component of
-    each layer.
+    each layer, on disk beyond `memory_budget` bytes. Over several processes each has its share of both.
     """
     config = model.config
-    x, probe = embed(model, tokens), embed(model, probes)
-    branches = torch.empty(sum(map(len, sizes)) * len(probe), *probe.shape[1:])
+    earlier, positions = ranks.share(len(tokens)).start, len(probes) * (probes.shape[1] - probes.shape[1] // 2)
+    tokens, probes = tokens[ranks.share(len(tokens))], probes[ranks.share(len(probes))]
+    room = Room(memory_budget, device)
+    x, probe = (_embedded(model, ids, room) for ids in (tokens, probes))
+    branches = room.empty(sum(map(len, sizes)) * len(probe), *probe.shape[1:])
     started = 0
     found: list[dict[Component, tuple[tuple[int, ...], tuple[float, ...], int]]] = []
-    for shape, options, w in zip(config.layers, sizes, model.layers, strict=True):
+    for i, (shape, options, w) in enumerate(zip(config.layers, sizes, model.layers, strict=True)):
         w = to_device(w, device)
-        moments = _moments(config, shape, w, x, device)
+        low = lowered(w, compute_dtype(device))
+        moments = _moments(config, shape, low, x, device, earlier)
         layer: dict[Component, tuple[tuple[int, ...], tuple[float, ...], int]] = {}
-        earlier = started
+        before = started
         for component, grid in options.items():
             probed = _nearest(grid, (1 - ratio) * grid[-1])
-            layer[component] = tuple(grid), tuple(_losses(config, shape, w, moments, component, grid, method)), probed
+            try:
+                losses = _losses(config, shape, w, moments, component, grid, method)
+            except (ValueError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]  # exported at run time
+                raise InputError(f"{model.source.path}: layer {i}, {component}: {error}") from error
+            layer[component] = tuple(grid), tuple(losses), probed
             branch = branches[started : started + len(probe)]
             branch.copy_(probe)
             started += len(probe)
             new_config, new_shape, new = _alone(config, shape, w, moments, component, probed, method)
-            run_layer(new_config, new_shape, new, branch, device)
+            run_layer(new_config, new_shape, lowered(new, compute_dtype(device)), branch, device)
         found.append(layer)
-        run_layer(config, shape, w, branches[:earlier], device)
-        run_layer(config, shape, w, probe, device)
+        run_layer(config, shape, low, branches[:before], device)
+        run_layer(config, shape, low, probe, device)
         on_layer()
-    kls = iter(_divergences(model, probe, branches, device))
+    kls = iter(_divergences(model, probe, branches, device, positions, sum(map(len, sizes))))
     return [{component: Sensitivity(*known, next(kls)) for component, known in layer.items()} for layer in found]
+
+
+def _embedded(model: Model, tokens: Tensor, room: Room) -> Tensor:
+    x = room.empty(*tokens.shape, model.config.hidden_size)
+    x.copy_(embed(model, tokens))
+    return x
 
 
 def _nearest(grid: Sequence[int], wanted: float) -> int:
@@ -115,12 +131,20 @@ def _nearest(grid: Sequence[int], wanted: float) -> int:
     return min(grid[:-1] or grid, key=lambda size: abs(size - wanted))
 
 
-def _moments(config: ModelConfig, shape: LayerShape, w: Layer, x: Tensor, device: torch.device) -> _Moments:
+def _moments(
+    config: ModelConfig, shape: LayerShape, w: Layer, x: Tensor, device: torch.device, earlier: int
+) -> _Moments:
     """Moments of a layer on hidden states `x`, which move on through it."""
-    units = shape.intermediate_size
-    moments = _Moments(AttentionStatistics(config, shape, x.shape[1], device), Moment(units, units, device=device))
-    for part in batches(config, x.shape[0], x.shape[1]):
-        x[part] = block(config, shape, w, x[part].to(device), observe=moments).to(x.device)
+    units, length = shape.intermediate_size, x.shape[1]
+    attention = AttentionStatistics(config, shape, length, device, earlier)
+    moments = _Moments(attention, Moment(units, units, device=device))
+
+    def see(part: slice) -> None:
+        y = block(config, shape, w, x[part].to(device), observe=moments).to(x.device)
+        moments.take_in()
+        x[part] = y
+
+    Batches(config, length, device).each(len(x), see)
     return moments
 
 
@@ -166,8 +190,13 @@ def _alone(
     return config, shape, new
 
 
-def _divergences(model: Model, probe: Tensor, branches: Tensor, device: torch.device) -> list[float]:
-    """Mean KL (nats) of each branch, `S` sequences in turn, from `probe` `[S, T, hidden]`; over the second half."""
+def _divergences(
+    model: Model, probe: Tensor, branches: Tensor, device: torch.device, positions: int, components: int
+) -> list[float]:
+    """Mean KL (nats) of each branch, `S` sequences in turn, from `probe` `[S, T, hidden]`; over the second half.
+
+    `positions`: of all processes together; `components`: branches.
+    """
     half = probe.shape[1] // 2
     model = replace(model, top=to_device(model.top, device))
 
@@ -175,6 +204,10 @@ def _divergences(model: Model, probe: Tensor, branches: Tensor, device: torch.de
         hidden = norm(model.config, model.top, "final_norm", x[:, half:].flatten(0, 1)[rows].to(device))
         return output_logits(model, hidden, device)
 
-    size = max(1, len(probe))
+    size, own = max(1, len(probe)), len(probe) * (probe.shape[1] - half)
     others = [partial(logits, branches[start : start + size]) for start in range(0, len(branches), size)]
-    return mean_divergences(partial(logits, probe), others, len(probe) * (probe.shape[1] - half))
+    found = mean_divergences(partial(logits, probe), others, own) if own else [0.0] * components
+    total = torch.tensor(found, dtype=torch.float64, device=device) * (own / positions)
+    ranks.add_up(total)
+    kls: list[float] = total.tolist()
+    return kls

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from a3q import ranks
 from a3q.forward import rope, score_bias
 from a3q.model import LayerShape, ModelConfig
 
@@ -19,27 +20,78 @@ DISTANCE_SEQUENCES = 16
 """Sequences whose attention is laid open for the distances; a histogram over so many pairs is exact enough."""
 
 
+_BLOCK_BYTES = 128 << 20
+_BLOCK_ROWS = 256
+"""Size of the blocks of a moment, and what their rows are a multiple of: a symmetric one is then computed little more
+than half. F = 14336 on an H100: 3.0 ms for 8192 rows in blocks of 2048, 5.3 in one, 8.1 in blocks of 1170."""
+
+
 class Moment:
-    """Running `E[xᵀy]` over rows: x `[…, rows, n]`, y `[…, rows, k]` to `[…, n, k]`, float32 on the rows' device."""
+    """Running `E[xᵀy]` over rows: x `[…, rows, n]`, y `[…, rows, k]` to `[…, n, k]`, on the rows' device.
+
+    Products are summed in float32, also those of 16-bit rows. Over several processes the mean is that of all rows.
+    """
 
     def __init__(self, *shape: int, device: torch.device) -> None:
-        self.total = torch.zeros(shape, device=device)
-        self.rows = 0
+        self._total = torch.zeros(shape, device=device)
+        *heads, n, k = shape
+        self._step = n if heads else min(n, max(1, _BLOCK_BYTES // (4 * k * _BLOCK_ROWS)) * _BLOCK_ROWS)
+        # Taken beforehand, so that memory cannot run out when a part of the rows is already in.
+        self._room = torch.empty(*heads, self._step, k, device=device) if device.type == "cuda" else None
+        self._halved = False
+        self._rows = 0
+        self._done = False
 
     def add(self, x: Tensor, y: Tensor | None = None) -> None:
-        """Take in more rows; y is x unless given."""
-        self.total += x.mT @ (x if y is None else y)
-        self.rows += x.shape[-2]
+        """Take in more rows; y is x unless given, and of the same type. Not after `mean`."""
+        if self._done:
+            raise ValueError("rows after the mean was asked for")
+        self._rows += x.shape[-2]
+        if x.dim() > 2:
+            self._multiply(self._total, x.mT, x if y is None else y)
+            return
+        for start in range(0, x.shape[1], self._step):
+            rows = slice(start, start + self._step)
+            # Of a symmetric moment, what lies left of the block is the mirror image of what is there.
+            columns = slice(start if y is None else 0, None)
+            self._multiply(self._total[rows, columns], x[:, rows].T, (x if y is None else y)[:, columns])
+        self._halved = y is None
+
+    def _multiply(self, total: Tensor, a: Tensor, b: Tensor) -> None:
+        if a.dtype == torch.float32:
+            (total.addmm_ if a.dim() == 2 else total.baddbmm_)(a, b)
+            return
+        multiply = torch.mm if a.dim() == 2 else torch.bmm
+        if self._room is None:
+            total += multiply(a.float(), b.float())
+            return
+        room = self._room.flatten()[: total.numel()].view(total.shape)
+        total += multiply(a, b, out_dtype=torch.float32, out=room)
 
     def mean(self) -> Tensor:
-        """The moment so far."""
-        return self.total / max(1, self.rows)
+        """The moment over all rows."""
+        if not self._done:
+            self._done, self._room = True, None
+            # A process without rows does not know that the others' are halved.
+            seen = torch.tensor([self._rows, self._halved], device=self._total.device)
+            ranks.add_up(self._total, seen)
+            self._rows, halved = (int(one) for one in seen.tolist())
+            self._total /= max(1, self._rows)
+            if halved:
+                n = len(self._total)
+                for start in range(0, n, self._step):
+                    below = slice(start + self._step, n)
+                    self._total[below, start : start + self._step] = self._total[start : start + self._step, below].T
+        return self._total
 
 
 class AttentionStatistics:
     """What QK and OV need of one layer; an observer of `a3q.forward.attention`."""
 
-    def __init__(self, config: ModelConfig, shape: LayerShape, length: int, device: torch.device) -> None:
+    def __init__(
+        self, config: ModelConfig, shape: LayerShape, length: int, device: torch.device, earlier: int = 0
+    ) -> None:
+        """`earlier`: calibration sequences that come before those seen here, in other processes."""
         H, G, d = config.num_attention_heads, config.num_key_value_heads, shape.qk_head_dim
         self.q = Moment(H, d, d, device=device)
         """E[qᵀq] of each query head before RoPE."""
@@ -51,21 +103,35 @@ class AttentionStatistics:
         """E[vᵀv] of each value head."""
         self._mass = torch.zeros(H, length, device=device)
         self._config, self._shape = config, shape
-        self._left = DISTANCE_SEQUENCES if shape.pairs else 0
-        self._query: Tensor | None = None
+        self._left = max(0, DISTANCE_SEQUENCES - earlier) if shape.pairs else 0
+        self._seen: dict[str, Tensor] = {}
+        self._summed = False
 
     def __call__(self, name: str, x: Tensor) -> None:
-        """Take in `q`, `k`, `v` or `o` of a batch, `[B, heads, T, size]`."""
-        getattr(self, name).add(x.transpose(0, 1).flatten(1, 2))
-        if name == "q":
-            self._query = x
-        elif name == "k" and self._query is not None and self._left > 0:
-            q, k = self._query[: self._left], x[: self._left]
-            self._mass += attention_distances(self._config, self._shape, q, k)
-            self._left -= x.shape[0]
+        """See `q`, `k`, `v` or `o` of a batch, `[B, heads, T, size]`."""
+        self._seen[name] = x
+
+    def take_in(self) -> None:
+        """Count the batch that was seen last."""
+        q, k = self._seen["q"], self._seen["k"]
+        mass = None
+        if self._left > 0:
+            few = q[: self._left].float(), k[: self._left].float()
+            mass = attention_distances(self._config, self._shape, *few)
+        rows = {name: x.transpose(0, 1).flatten(1, 2) for name, x in self._seen.items()}
+        # Whatever may run out of memory is behind us.
+        if mass is not None:
+            self._mass += mass
+            self._left -= len(q)
+        for name, x in rows.items():
+            getattr(self, name).add(x)
+        self._seen = {}
 
     def distances(self) -> Tensor:
         """`[heads, T]`: share of attention that falls on a key Δ positions back; rows sum to 1."""
+        if not self._summed:
+            ranks.add_up(self._mass)
+            self._summed = True
         return self._mass / self._mass.sum(-1, keepdim=True)
 
 

@@ -15,10 +15,11 @@ from a3q.footprint import Use
 from a3q.gguf_types import TypeRequest
 from a3q.model import pick_device
 from a3q.perplexity import Perplexity, evaluate, evaluate_runtime, read_text
-from a3q.pipeline import Settings, prepare
+from a3q.pipeline import prepare
 from a3q.progress import Stages, silent, to_share
 from a3q.result import Result, stem_of
 from a3q.runtime import LlamaRuntime
+from a3q.settings import Settings
 from a3q.sweep_results import Measured, Sweep, check_folder, write
 from a3q.to_gguf import convert_opened
 from a3q.verify import Verification

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,11 +20,15 @@ from a3q.errors import InputError, named
 from a3q.families import Component
 from a3q.gptq_folder import FolderQuant, FolderRounding
 from a3q.model import Model, pick_device
-from a3q.pipeline import Reduced, Settings, is_about_rounding, provenance, rounding_facts, run, timed
+from a3q.pipeline import Reduced, hash_source, run, timed
 from a3q.progress import Stages, share_of, silent
+from a3q.provenance import is_about_rounding, provenance, rounding_facts
+from a3q.ranks import Helped, alone, first, first_before_others
 from a3q.report_html import check_reports, write_reports
 from a3q.result import Result, Rounding, mark, mean_losses, stem_of
+from a3q.settings import Settings, identity
 from a3q.verify import Verification, gptq_runs, verify_folder
+from a3q.work import draft_of, ended, opened, placed
 from converters.hf_plain import plain_config
 from converters.hf_writer import WrittenFolder, check_output_folder, write_huggingface
 from converters.open import open_model
@@ -59,6 +64,7 @@ def reduce_to_folder(
     force: bool = False,
     pre: str | None = None,
     memory_budget: int | None = None,
+    work: str | Path | None = None,
     stages: Stages = silent,
 ) -> Result:
     """Reduce `model` by `ratio` and write a folder of `model_type` a3q with weights of `dtype` (bf16, f16 or f32).
@@ -94,13 +100,15 @@ def reduce_to_folder(
         seed=seed,
         device=device,
         memory_budget=memory_budget,
+        work=work,
     )
     torch_device = pick_device(device)
     if output is not None:
-        check_output_folder(Path(output), force)
+        force = force or _killed(Path(output), settings.work)
+        alone(partial(check_output_folder, Path(output), force))
     seconds: dict[str, float] = {}
     stages = timed(stages, seconds)
-    original = open_model(model, pre)
+    original = first_before_others(partial(open_model, model, pre))
     if frequencies == "shared" and any(len(shape.frequencies) > 1 for shape in original.config.layers):
         raise InputError(
             f"--frequencies shared: {original.source.path} has RoPE frequencies for each key head already; reduce the "
@@ -109,52 +117,63 @@ def reduce_to_folder(
     if request is not None:
         request.check(original)
     folder = Path(output) if output is not None else Path(_default_name(original, settings, request))
-    check_output_folder(folder, force, original.source.path)
+    force = force or _killed(folder, settings.work)
+    alone(partial(check_output_folder, folder, force, original.source.path))
     if report:
-        check_reports(folder, force)
+        alone(partial(check_reports, folder, force))
     # Only with one head size in all layers can all of them keep the same frequencies.
     grid = replace(folder_grid(original.config), one_head_size=frequencies == "shared")
     how = Method(method, frequencies)
     rounding = None if request is None else FolderRounding(original, request)
     if request is not None:
         grid = request.sizes(original.config, grid)
-    reduced = run(original, settings, grid, how, verify_output, stages, rounding)
+    digests = hash_source(original.source, stages)
+    facts = identity(settings, digests, torch_device.type) | ({} if request is None else request.facts())
+    with opened(settings.work, {**facts, "--frequencies": frequencies}) as kept:
+        reduced = run(original, settings, grid, how, verify_output, stages, rounding, work=kept, digests=digests)
+        if not first():
+            raise Helped
 
-    verification: Verification | None = None
+        verification: Verification | None = None
 
-    def check(part: Path) -> None:
-        nonlocal verification
-        writing.close()
-        if reduced.calibration is None:
-            return
-        sequences = reduced.calibration.held_out
-        work = 3 * original.config.num_hidden_layers + 1
-        title = "verify" if request is not None and not gptq_runs() else "verify in transformers"
-        with stages(title, work) as advance, named(part, folder):
-            verification = verify_folder(
-                part, original, reduced.model, DTYPES[dtype], sequences, torch_device, advance, request is not None
+        def check(part: Path) -> None:
+            nonlocal verification
+            writing.close()
+            if kept is not None:
+                kept.keep_output(part.iterdir())
+            if reduced.calibration is None or not verify_output:
+                return
+            sequences = reduced.calibration.held_out
+            work = 3 * original.config.num_hidden_layers + 1
+            title = "verify" if request is not None and not gptq_runs() else "verify in transformers"
+            with stages(title, work) as advance, named(part, folder):
+                verification = verify_folder(
+                    part, original, reduced.model, DTYPES[dtype], sequences, torch_device, advance, request is not None
+                )
+
+        # A reduced model that is only rewritten keeps the record of its reduction.
+        earlier = {
+            key.removeprefix("a3q."): one.value for key, one in original.metadata.items() if key.startswith("a3q.")
+        }
+        earlier = {key: value for key, value in earlier.items() if not is_about_rounding(key)}
+        record = (earlier if reduced.plan.asked == 0 else {}) | provenance(reduced, settings, __version__)
+        if request is not None:
+            record |= {key: getattr(request, key) for key in _ROUNDED} | rounding_facts(reduced, settings)
+        with ExitStack() as writing:
+            advance = writing.enter_context(stages("write", 1.0))
+            written = write_huggingface(
+                reduced.model,
+                folder,
+                dtype=DTYPES[dtype],
+                reduction=record,
+                quantized=None if request is None else reduced.reduction.blocks,
+                # Any loader of GPTQ folders knows the family's own.
+                plain=request is not None and plain_config(reduced.model) is not None,
+                force=force,
+                progress=share_of(advance),
+                check=check,
+                scratch=None if settings.work is None else draft_of(folder, settings.work),
             )
-
-    # A reduced model that is only rewritten keeps the record of its reduction.
-    earlier = {key.removeprefix("a3q."): one.value for key, one in original.metadata.items() if key.startswith("a3q.")}
-    earlier = {key: value for key, value in earlier.items() if not is_about_rounding(key)}
-    record = (earlier if reduced.plan.asked == 0 else {}) | provenance(reduced, settings, __version__)
-    if request is not None:
-        record |= {key: getattr(request, key) for key in _ROUNDED} | rounding_facts(reduced, settings)
-    with ExitStack() as writing:
-        advance = writing.enter_context(stages("write", 1.0))
-        written = write_huggingface(
-            reduced.model,
-            folder,
-            dtype=DTYPES[dtype],
-            reduction=record,
-            quantized=None if request is None else reduced.reduction.blocks,
-            # Any loader of GPTQ folders knows the family's own.
-            plain=request is not None and plain_config(reduced.model) is not None,
-            force=force,
-            progress=share_of(advance),
-            check=check if verify_output else None,
-        )
     notes = [] if rounding is None else rounding.notes
     if verification is not None and verification.runtime == "a3q":
         notes = [*notes, _why_not_tried(request is not None)]
@@ -169,7 +188,15 @@ def reduce_to_folder(
         seconds=seconds,
         settings=settings,
     )
-    return replace(result, reports=write_reports(result)) if report else result
+    if report:
+        result = replace(result, reports=write_reports(result))
+    ended(settings.work)
+    return result
+
+
+def _killed(folder: Path, work: Path | None) -> bool:
+    """Whether the output is there because a run in the folder `work` was killed right after it had got its name."""
+    return folder.is_dir() and placed(work, folder.iterdir())
 
 
 def _default_name(model: Model, settings: Settings, request: FolderQuant | None) -> str:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from a3q import __version__, runtime
+from a3q import __version__, ranks, runtime
 from a3q.asked import Asked
 from a3q.calibration import SELF
 from a3q.components import Method
@@ -22,17 +25,24 @@ from a3q.forecast import before_conversion, check_cache, check_kv_ratio, grid_fo
 from a3q.gguf_types import Settled, TypeRequest, TypeSettler
 from a3q.model import Model, pick_device
 from a3q.ollama import check_name, create_in_ollama
-from a3q.pipeline import Prepared, Reduced, Settings, is_about_rounding, provenance, rounding_facts, run, timed
+from a3q.pipeline import Prepared, Reduced, hash_source, run, timed
+from a3q.pipeline import Settled as Job
 from a3q.progress import Stages, share_of, silent, to_share
+from a3q.provenance import is_about_rounding, provenance, rounding_facts
+from a3q.ranks import first_before_others
+from a3q.reduce import OnFinished
 from a3q.report_html import check_reports, write_reports
 from a3q.result import Result, Rounding, StoredTensor, mark, mean_losses, stem_of
+from a3q.settings import Settings, identity
 from a3q.solve.grid import GRIDS
+from a3q.store import Finished
 from a3q.verify import Verification, allowed_kl, verify
+from a3q.work import draft_of, ended, opened, placed
 from converters import gguf_split
 from converters.budget import Limit
 from converters.gguf_keys import as_keys
 from converters.gguf_target import check_runtime
-from converters.gguf_writer import WrittenFile, check_output, header_size, write_gguf
+from converters.gguf_writer import GGUFStream, WrittenFile, check_output, header_size
 from converters.headers import Header, open_header
 from converters.modelfile import check_modelfile, write_modelfile
 from converters.open import open_model
@@ -71,6 +81,7 @@ def convert(
     force: bool = False,
     pre: str | None = None,
     memory_budget: int | None = None,
+    work: str | Path | None = None,
     stages: Stages = silent,
 ) -> Result:
     """Reduce `model` by `ratio`, quantize it, write it as GGUF, and check the file in llama.cpp.
@@ -85,9 +96,11 @@ def convert(
     `fit`: bytes of memory that running it may take, for which everything else is chosen; `plan`: a file of `a3q plan`.
     `ranks`: `mixed` or `uniform`. `calib`: `self`, a text or jsonl file, a data set's name, or several of these, which
     share the tokens evenly. `split_max_size`: bytes of tensors in one file of several. `ollama`: name of the model to
-    make in Ollama. `report`: write one beside the file. `memory_budget`: bytes that reduced layers may take before they
-    wait on disk, half of the free memory unless told. InputError for what cannot be used, VerifyError for a file that
-    is not as it should be.
+    make in Ollama. `report`: write one beside the file. `memory_budget`: bytes that hidden states and finished
+    layers may take before they wait on disk, half of the free memory unless told. `work`: folder that keeps what is
+    finished, so that the same call continues after whatever ended this one. Several processes of torchrun work on one
+    model together, see `a3q.ranks`. InputError for what cannot be used, VerifyError for a file that is not as it should
+    be.
     """
     asked = Asked(ratio, own_ratios, kv_ratio, components, ranks, quant, kv_type, context, parallel, fit, plan)
     asked.check(bits is not None or size is not None)
@@ -98,6 +111,7 @@ def convert(
         seed=seed,
         device=device,
         memory_budget=memory_budget,
+        work=work,
     )
     overrides = output_tensor_type, token_embedding_type
     request = TypeRequest(asked.quant_plan(*overrides), quantizer, strict, _limit(bits, size))
@@ -109,6 +123,7 @@ def convert(
     pick_device(device)
     split = split_max_size is not None
     if output is not None:
+        force = force or _killed(Path(output), split, settings.work)
         _check_outputs(Path(output), split, ollama is not None, report, force)
     seconds: dict[str, float] = {}
     stages = timed(stages, seconds)
@@ -117,11 +132,12 @@ def convert(
         verify_file = False
         notes.append('not verified: llama.cpp is not installed; pip install "a3q[verify]" to check written files')
 
-    header = open_header(model, pre)
+    header = first_before_others(partial(open_header, model, pre))
     settings, request, use = asked.settled(header, request, settings)
-    original = open_model(model, pre)
+    original = first_before_others(partial(open_model, model, pre))
     check_runtime(original)
     path = Path(output) if output is not None else Path(default_name(original, settings.request(), request))
+    force = force or _killed(path, split, settings.work)
     _check_outputs(path, split, ollama is not None, report, force)
     result = convert_opened(original, header, settings, request, use, path, verify_file, split_max_size, None, stages)
     result = replace(result, notes=(*notes, *result.notes), seconds=seconds)
@@ -129,6 +145,7 @@ def convert(
         result = _into_ollama(ollama, result, use, force, stages)
     if report:
         result = replace(result, reports=write_reports(result))
+    ended(settings.work)
     return result
 
 
@@ -158,20 +175,30 @@ def convert_opened(
     how = Method(settings.method, "shared")
     reducing, cache_only = bool(settings.request().groups()), settings.request().cache_only
     settler = TypeSettler(original, request, reducing, header_size, cache_only)
-    settler.check()
-    reduced = run(original, settings, grid, how, verify_file, stages, settler, prepared)
-    assert settler.settled is not None
-
-    # Whatever fails from here on, nothing stands under the final name.
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".unverified", dir=path.parent) as folder:
-        unverified = Path(folder) / path.name
+    ranks.alone(settler.check)
+    # llama.cpp is needed where the file is written.
+    verify_file = ranks.same_object(verify_file)
+    digests = prepared.digests if prepared is not None else hash_source(original.source, stages)
+    with ExitStack() as stack:
+        facts = identity(settings, digests, pick_device(settings.device).type) | request.facts()
+        work = stack.enter_context(opened(settings.work, {**facts, "--kv-type": use.cache_type}))
+        # Whatever fails from here on, nothing stands under the final name.
+        folder = stack.enter_context(_drafts(path, settings.work))
+        unverified = folder / path.name
+        stack.enter_context(named(unverified, path))
+        output = _Output(settler, settings, unverified, split_max_size, stack)
+        reduced = run(original, settings, grid, how, verify_file, stages, settler, prepared, work, output.open, digests)
+        if not ranks.first():
+            raise ranks.Helped
+        assert settler.settled is not None
+        written = output.finish(reduced, stages)
         verification = None
-        with named(unverified, path):
-            written = _write(reduced, settler, settings, unverified, split_max_size, stages)
-            if verify_file:
-                with named(written.path, path):
-                    device = pick_device(settings.device)
-                    verification = _verify(reduced, settler.settled, written.path, device, stages)
+        if verify_file:
+            with named(written.path, path):
+                device = pick_device(settings.device)
+                verification = _verify(reduced, settler.settled, written.path, device, stages)
+        if work is not None:
+            work.keep_output(written.files)
         split = split_max_size is not None
         files = gguf_split.place(written.files, path) if split else (written.path.replace(path),)
     footprints = _footprints(header, reduced, settler.settled, written.size, use)
@@ -189,13 +216,22 @@ def convert_opened(
     )
 
 
+def _killed(path: Path, split: bool, work: Path | None) -> bool:
+    """Whether what has the output's name is there because a run in the folder `work` was killed right after."""
+    return placed(work, gguf_split.existing(path) if split else [path] if path.is_file() else [])
+
+
 def _check_outputs(path: Path, split: bool, ollama: bool, report: bool, force: bool) -> None:
     """InputError for anything that stands in the way of what is to be written."""
-    check_output(path, force, split)
-    if ollama:
-        check_modelfile(path, force)
-    if report:
-        check_reports(path, force)
+
+    def check() -> None:
+        check_output(path, force, split)
+        if ollama:
+            check_modelfile(path, force)
+        if report:
+            check_reports(path, force)
+
+    ranks.alone(check)
 
 
 def _into_ollama(name: str, result: Result, use: Use, force: bool, stages: Stages) -> Result:
@@ -267,39 +303,96 @@ def _check_method(model: Model, settings: Settings, grid: Grid) -> None:
         )
 
 
-def _write(
-    reduced: Reduced, settler: TypeSettler, settings: Settings, path: Path, split_max_size: int | None, stages: Stages
-) -> WrittenFile:
-    settled, plan = settler.settled, settler.request.plan
-    assert settled is not None
-    facts = {
-        **provenance(reduced, settings, __version__),
-        "quantization": _type_name(settler.request).lower(),
-        "quantizer": settled.quantizer,
-        **(rounding_facts(reduced, settings) if settled.quantization is not None else {}),
-    }
-    base, asked = str(facts["source.name"]), reduced.plan.asked
-    what = "A3Q KV" if reduced.plan.request.cache_only else "A3Q"
-    name = base if asked == 0 else f"{base} {what} {asked:.0%}"
-    if "general.base_model.count" not in reduced.original.metadata and asked > 0:
-        base_model = {"general.base_model.count": 1, "general.base_model.0.name": base}
-    else:
-        base_model = {}
-    fields = as_keys({**{f"a3q.{key}": value for key, value in facts.items()}, **base_model})
-    # The source may say how its own weights were rounded.
-    kept = {k: v for k, v in reduced.model.metadata.items() if not is_about_rounding(k.removeprefix("a3q."))}
-    with stages("write", 1.0) as advance:
-        return write_gguf(
-            replace(reduced.model, metadata=kept),
-            plan,
-            path,
+@contextmanager
+def _drafts(path: Path, work: Path | None) -> Iterator[Path]:
+    """A folder beside `path` for what has not its name yet.
+
+    Of a run with a work folder, it is found again, and emptied, after the process was killed.
+    """
+    if not ranks.first():
+        yield path.parent
+        return
+    if work is None:
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".unverified", dir=path.parent) as folder:
+            yield Path(folder)
+        return
+    kept = draft_of(path, work)
+    shutil.rmtree(kept, ignore_errors=True)
+    kept.mkdir()
+    try:
+        yield kept
+    finally:
+        shutil.rmtree(kept, ignore_errors=True)
+
+
+@dataclass
+class _Output:
+    """The file that is written while the layers are finished."""
+
+    settler: TypeSettler
+    settings: Settings
+    path: Path
+    split_max_size: int | None
+    stack: ExitStack
+    """Closes it."""
+    stream: GGUFStream | None = None
+
+    def open(self, job: Job) -> OnFinished:
+        """A `Writer` of `a3q.pipeline`."""
+        settled = self.settler.settled
+        assert settled is not None
+        facts = {
+            **provenance(job, self.settings, __version__),
+            "quantization": _type_name(self.settler.request).lower(),
+            "quantizer": settled.quantizer,
+            **(rounding_facts(job, self.settings) if settled.quantization is not None else {}),
+        }
+        base, asked = str(facts["source.name"]), job.plan.asked
+        what = "A3Q KV" if job.plan.request.cache_only else "A3Q"
+        name = base if asked == 0 else f"{base} {what} {asked:.0%}"
+        if "general.base_model.count" not in job.original.metadata and asked > 0:
+            base_model = {"general.base_model.count": 1, "general.base_model.0.name": base}
+        else:
+            base_model = {}
+        fields = as_keys({**{f"a3q.{key}": value for key, value in facts.items()}, **base_model})
+        stream = GGUFStream(
+            replace(self._without_rounding(job.original), config=job.config),
+            self.settler.request.plan,
+            self.path,
             name=name,
             provenance=fields,
-            progress=share_of(advance),
             types=settled.types,
-            packed=settler.packed(reduced.reduction),
-            split_max_size=split_max_size,
+            split_max_size=self.split_max_size,
         )
+        self.stream = self.stack.enter_context(stream)
+        packed = self.settler.packer()
+
+        def put(i: int, finished: Finished) -> None:
+            stream.write_layer(i, finished.layer, partial(packed, i, finished.blocks))
+
+        return put
+
+    def finish(self, reduced: Reduced, stages: Stages) -> WrittenFile:
+        """All that the pass over the layers has left, which is everything if there was none."""
+        stream, original = self.stream, reduced.original
+        assert stream is not None
+        model = self._without_rounding(reduced.model)
+        with stages("write", 1.0) as advance:
+            share = share_of(advance)
+            if reduced.model is original:
+                packed = self.settler.packer()
+                for i, layer in enumerate(original.layers):
+                    stream.write_layer(i, layer, partial(packed, i, {}))
+                    share(stream.written, stream.total)
+            stream.write_top(model, partial(self.settler.packer(), None, reduced.reduction.top))
+            share(stream.written, stream.total)
+            return stream.finish(model)
+
+    @staticmethod
+    def _without_rounding(model: Model) -> Model:
+        """The source may say how its own weights were rounded."""
+        kept = {k: v for k, v in model.metadata.items() if not is_about_rounding(k.removeprefix("a3q."))}
+        return replace(model, metadata=kept)
 
 
 def _verify(reduced: Reduced, settled: Settled, path: Path, device: torch.device, stages: Stages) -> Verification:

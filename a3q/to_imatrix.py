@@ -9,8 +9,9 @@ from pathlib import Path
 from a3q.calibration import SELF
 from a3q.importance import measure
 from a3q.model import pick_device
-from a3q.pipeline import Settings, calibrate, windows
+from a3q.pipeline import calibrate, windows
 from a3q.progress import Stages, silent
+from a3q.settings import Settings
 from converters.gguf_target import check_runtime
 from converters.gguf_writer import check_output
 from converters.imatrix import write_imatrix

@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from a3q import InputError, Result, VerifyError, calibration, convert, pipeline, reduce_to_folder, runtime
+from a3q import InputError, Result, VerifyError, calibration, choosing, convert, pipeline, reduce_to_folder, runtime
 from a3q.model import Model
 from a3q.runtime import LlamaRuntime
 from a3q.verify import check_tokenizer
@@ -45,7 +45,7 @@ def _small() -> Iterator[None]:
     """Fewer tokens than a user would take: the stages are the same, and these tests run on one core."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "WINDOWS", {"cpu": (4, 512)})
-        patch.setattr(pipeline, "PROBES", {"cpu": (1, 48)})
+        patch.setattr(choosing, "PROBES", {"cpu": (1, 48)})
         patch.setattr(calibration, "HELD_OUT_LENGTH", 128)
         # llama.cpp's threads wait for each other in loops, which is slow where other work takes a core.
         patch.setattr(runtime.LlamaRuntime, "__init__", partialmethod(runtime.LlamaRuntime.__init__, n_threads=1))

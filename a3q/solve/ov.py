@@ -21,11 +21,20 @@ RIDGE = 1e-7
 
 @dataclass(frozen=True)
 class OVSolution:
-    """`value` `[G, d, r]` (v → v P) and `output` `[H, r, d]` (W_o → Q W_o), float64; `loss` is relative."""
+    """`value` `[G, d, r]` (v → v P) and `output` `[H, r, d]` (W_o → Q W_o), float64.
+
+    `lost` is the expected squared error of the output, summed over heads, `energy` that of the output itself.
+    """
 
     value: Tensor
     output: Tensor
-    loss: float
+    lost: float
+    energy: float
+
+    @property
+    def loss(self) -> float:
+        """Lost energy over all."""
+        return self.lost / max(self.energy, torch.finfo(torch.float32).tiny)
 
 
 def solve_ov(o_moment: Tensor, w_o: Tensor, groups: int, r: int, v_moment: Tensor | None = None) -> OVSolution:
@@ -51,9 +60,9 @@ def solve_ov(o_moment: Tensor, w_o: Tensor, groups: int, r: int, v_moment: Tenso
 
     error = W - P[:, None] @ (fit @ W)
     lost = (error * (C @ error)).sum().clamp_min(0)
-    total = (W * (C @ W)).sum().clamp_min(torch.finfo(torch.float32).tiny)
+    energy = (W * (C @ W)).sum()
     P, fit = _balance(P, fit, W)
-    return OVSolution(P, fit.reshape(H, r, d), float(lost / total))
+    return OVSolution(P, fit.reshape(H, r, d), float(lost), float(energy))
 
 
 def _refit(P: Tensor, C: Tensor, r: int) -> Tensor:

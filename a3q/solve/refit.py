@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from a3q.solve.cholesky import damped_cholesky
+
 
 def refit(gram: Tensor, cross: Tensor, prior: Tensor, ridge: float) -> Tensor:
     """`argmin_W E‖xW − y‖² + λ‖W − prior‖²`, float64, by its normal equations.
@@ -14,8 +16,8 @@ def refit(gram: Tensor, cross: Tensor, prior: Tensor, ridge: float) -> Tensor:
     """
     gram, prior = gram.double(), prior.double()
     strength = ridge * gram.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
-    damped = gram + strength * torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
-    weight: Tensor = torch.linalg.solve(damped, cross.double() + strength * prior)
+    factor = damped_cholesky(gram, strength)
+    weight: Tensor = torch.cholesky_solve(cross.double() + strength * prior, factor)
     return weight
 
 

@@ -18,9 +18,9 @@ from a3q.errors import InputError
 from a3q.footprint import Footprint, Use
 from a3q.forecast import Forecast
 from a3q.gguf_types import TypeRequest
-from a3q.pipeline import Settings
 from a3q.reduce import Dimensions
 from a3q.result import Result
+from a3q.settings import Settings
 from converters.headers import Header, open_header
 from tests.pico import corpus, write_model
 

@@ -49,6 +49,7 @@ class Bench:
         self.normed = norm(self.config, self.w, "attn_norm", self.x)
         self.statistics = AttentionStatistics(self.config, self.shape, LENGTH, CPU)
         self.attended = attention(self.config, self.shape, self.w, self.normed, self.statistics)
+        self.statistics.take_in()
         units = self.shape.intermediate_size
         self.moment = Moment(units, units, device=CPU)
         self.inner = norm(self.config, self.w, "mlp_norm", self.x)
@@ -217,6 +218,7 @@ def test_silent_pairs_and_dimensions_go_for_free(method: Method, unnormed: Bench
             w[role].view(unnormed.config.num_attention_heads, d, -1)[:, rows] = 0
     statistics = AttentionStatistics(unnormed.config, unnormed.shape, LENGTH, CPU)
     before = attention(unnormed.config, unnormed.shape, w, unnormed.normed, statistics)
+    statistics.take_in()
     lists, loss = reduce_qk(unnormed.config, unnormed.shape, w, statistics, r, method)
     shape = dataclasses.replace(unnormed.shape, qk_head_dim=r, frequencies=lists)
     assert loss < 1e-6
@@ -270,6 +272,7 @@ def test_a_norm_weight_of_zero_hides_its_dimension_and_harms_nothing(normed: Ben
         w[role][:3] = 0
     statistics = AttentionStatistics(normed.config, normed.shape, LENGTH, CPU)
     attention(normed.config, normed.shape, w, normed.normed, statistics)
+    statistics.take_in()
     reduce_qk(normed.config, normed.shape, w, statistics, 12, Method())
     assert all(w[role].isfinite().all() and w[role].abs().max() < 10 for role in ("q_norm", "k_norm"))
 
@@ -326,6 +329,7 @@ def test_order_and_coordinates_of_heads_do_not_matter(kind: Kind, tmp_path: Path
     other["o"] = (turn.repeat_interleave(H // G, 0) @ o)[heads].flatten(0, 1).T.contiguous()
     statistics = AttentionStatistics(config, bench.shape, LENGTH, CPU)
     assert distance(attention(config, bench.shape, other, bench.normed, statistics), bench.attended) < 1e-5
+    statistics.take_in()
     for method in METHODS:
         results = []
         for w, moments in ((dict(bench.w), bench.statistics), (other.copy(), statistics)):
@@ -373,6 +377,7 @@ def test_a_second_reduction_starts_from_the_first(tmp_path: Path) -> None:
         for r in (10, 8):
             statistics = AttentionStatistics(config, shape, LENGTH, CPU)
             attention(config, shape, w, bench.normed, statistics)
+            statistics.take_in()
             lists, loss = reduce_qk(config, shape, w, statistics, r, method)
             shape = dataclasses.replace(shape, qk_head_dim=r, frequencies=lists)
             assert 0 < loss < 1

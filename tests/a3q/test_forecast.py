@@ -22,10 +22,10 @@ from a3q.footprint_table import render_forecast
 from a3q.forecast import Forecast, Forecaster, check_cache, grid_for
 from a3q.gguf_types import TypeRequest
 from a3q.model import Model
-from a3q.pipeline import Settings
 from a3q.reduce import Dimensions
 from a3q.result import Result
 from a3q.sensitivity import Sensitivity
+from a3q.settings import Settings
 from converters.budget import Limit
 from converters.gguf_writer import write_gguf
 from converters.headers import open_header
@@ -324,7 +324,7 @@ def test_refused_before_any_work(
     def worked(*_: object, **__: object) -> None:
         raise AssertionError("some work was done")
 
-    monkeypatch.setattr("a3q.pipeline._hash", worked)
+    monkeypatch.setattr("a3q.pipeline.hash_source", worked)
     monkeypatch.setattr("a3q.pipeline.calibrate", worked)
     head = {} if kind == "gpt2" else {"head_dim": 80}
     source = write_model(tmp_path / "m", kind, **head)

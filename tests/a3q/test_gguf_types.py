@@ -13,7 +13,7 @@ from gguf.constants import GGMLQuantizationType
 from a3q.errors import InputError
 from a3q.gguf_types import TypeRequest, TypeSettler
 from a3q.model import Model
-from a3q.pipeline import parse_size
+from a3q.settings import parse_size
 from a3q.solve.grid import GRIDS
 from converters import ggml_encode
 from converters.budget import Limit

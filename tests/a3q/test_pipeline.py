@@ -14,14 +14,16 @@ from typing import Any
 import pytest
 import torch
 
-from a3q import pipeline
+from a3q import choosing, pipeline
 from a3q.components import Method
 from a3q.dimensions import ALL, Grid, folder_grid, gguf_grid
 from a3q.errors import InputError
 from a3q.families import COMPONENTS
 from a3q.model import Model
-from a3q.pipeline import Reduced, Settings, parse_components, provenance, run, timed
+from a3q.pipeline import Reduced, run, timed
+from a3q.provenance import provenance
 from a3q.reduce import reduce
+from a3q.settings import Settings, parse_components
 from converters.open import open_model
 from tests.a3q.stages import Recorded
 from tests.pico import KINDS, Kind, corpus, write_model
@@ -251,14 +253,15 @@ def test_candidates_are_tried(model: Model) -> None:
 def test_one_candidate_is_held_at_a_time(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[weakref.ref[Any]] = []
 
-    def watched(*arguments: Any) -> Any:
+    def watched(*arguments: Any, **more: Any) -> Any:
         gc.collect()
         assert not any(ref() for ref in made)
-        reduction = reduce(*arguments)
+        reduction = reduce(*arguments, **more)
         made.append(weakref.ref(reduction.model.layers))
         return reduction
 
     monkeypatch.setattr(pipeline, "reduce", watched)
+    monkeypatch.setattr(choosing, "reduce", watched)
     reduced(model, stock(model, 1), Method("a3q", "shared"), ranks="uniform", ratio=0.2)
     assert len(made) == 3
 
@@ -381,4 +384,4 @@ def test_provenance_of_a_plain_rewrite(model: Model) -> None:
 
 def test_components_are_in_the_order_of_the_table() -> None:
     assert list(COMPONENTS) == ["QK", "OV", "MLP"]
-    assert pipeline.PROBED_RATIOS == (0.1, 0.25, 0.5)
+    assert choosing.PROBED_RATIOS == (0.1, 0.25, 0.5)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from a3q import components, fit, forward
+from a3q.batching import Batches
 from a3q.components import Method
 from a3q.forward import attention, block, embed, hidden_states, mlp, norm
 from a3q.model import Layer, LayerShape, Model, ModelConfig
@@ -222,7 +223,10 @@ def test_streams_are_those_of_the_two_models(model: Model) -> None:
     """After the last layer, one stream holds what the original computes and the other what the reduced model does."""
     x = embed(model, CALIBRATION)
     reference, reduced = Stream(model.config, x.clone(), CPU), Stream(model.config, x.clone(), CPU)
-    streams, unrounded = _Streams(reference, reduced), LayerRounding({}, None, "nowhere")
+    batches, unrounded = Batches(model.config, LENGTH, CPU), LayerRounding({}, None, "nowhere")
+    width = model.config.num_attention_heads * model.config.widest.v_head_dim
+    room = torch.empty_like(x), torch.empty(*x.shape[:2], width)
+    streams = _Streams(reference, reduced, batches, torch.float32, 0, *room)
     layers, shapes = [], []
     for shape, w in zip(model.config.layers, model.layers, strict=True):
         new, new_shape, _ = reduce_fitted(dict(w), shape, QUARTER["all"], streams, SHARED, unrounded)
@@ -236,8 +240,9 @@ def test_streams_are_those_of_the_two_models(model: Model) -> None:
 
 def test_the_papers_stream_is_the_originals(model: Model) -> None:
     stream = Stream(model.config, embed(model, CALIBRATION), CPU)
+    batches = Batches(model.config, LENGTH, CPU)
     for shape, w in zip(model.config.layers, model.layers, strict=True):
-        reduce_plainly(dict(w), shape, QUARTER["all"], stream, METHODS["paper-own"])
+        reduce_plainly(dict(w), shape, QUARTER["all"], stream, batches, 0, METHODS["paper-own"], "nowhere")
     final = norm(model.config, model.top, "final_norm", stream.x)
     torch.testing.assert_close(final, hidden_states(model, CALIBRATION, CPU), rtol=1e-4, atol=1e-4)
 
@@ -264,6 +269,7 @@ def test_moments_are_measured_on_the_right_stream(
         statistics = AttentionStatistics(config, config.layers[1], LENGTH, CPU)
         w = model.layers[1]
         attention(config, config.layers[1], w, norm(config, w, "attn_norm", x), statistics)
+        statistics.take_in()
         return statistics.o.mean()
 
     right, wrong = (reduced, model) if method.fitted else (model, reduced)
@@ -325,6 +331,7 @@ def test_refit_is_least_squares_on_the_two_streams(model: Model) -> None:
     target = attention(config, old, w, normed).flatten(0, 1).double()
     statistics = AttentionStatistics(config, old, LENGTH, CPU)
     attention(config, old, w, normed, statistics)
+    statistics.take_in()
     prior, inputs = dict(w), normed.flatten(0, 1)
     components.reduce_qk(config, old, prior, statistics, 12, SHARED)
     components.reduce_ov(config, prior, statistics, 12, SHARED)
@@ -372,6 +379,7 @@ def test_reported_losses_are_those_of_the_components(model: Model) -> None:
     x = embed(model, CALIBRATION)
     statistics = AttentionStatistics(config, shape, LENGTH, CPU)
     y = x + attention(config, shape, w, norm(config, w, "attn_norm", x), statistics)
+    statistics.take_in()
     moment = Moment(96, 96, device=CPU)
     inner = norm(config, w, "mlp_norm", x if config.parallel_residual else y)
     mlp(config, w, inner, lambda _, m: moment.add(m.flatten(0, 1)))
@@ -437,5 +445,5 @@ def test_progress_is_reported_once_a_layer_and_dimensions_must_be_as_many(model:
 
     reduce_to([QUARTER["all"]] * 2)
     assert len(calls) == 2
-    with pytest.raises(ValueError, match="zip"):
+    with pytest.raises(ValueError, match="3 layers for 2"):
         reduce_to([QUARTER["all"]] * 3)

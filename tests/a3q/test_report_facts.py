@@ -15,8 +15,8 @@ import pytest
 from a3q import Result, __version__, convert, reduce_to_folder, runtime
 from a3q.footprint import cache_bytes
 from a3q.perplexity import Perplexity
-from a3q.pipeline import Settings
 from a3q.report_facts import Facts, facts
+from a3q.settings import Settings
 from a3q.verify import Quality, Verification
 from tests.pico import corpus, write_model
 

@@ -18,9 +18,9 @@ from a3q.families import COMPONENTS
 from a3q.footprint import CACHE_TYPES, Use
 from a3q.forecast import Forecast, Forecaster, before_conversion, grid_for
 from a3q.gguf_types import TypeRequest
-from a3q.pipeline import Settings
 from a3q.search import MLP_SHARES
 from a3q.sensitivity import Sensitivity
+from a3q.settings import Settings
 from converters.gguf_writer import write_gguf
 from converters.headers import Header, open_header
 from converters.hf_reader import open_huggingface

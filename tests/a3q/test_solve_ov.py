@@ -84,7 +84,7 @@ def test_each_head_is_refitted_by_least_squares_on_its_own_values() -> None:
     assert solution.loss == pytest.approx(relative_error(x, w_o, product(solution, w_o, 2)), rel=1e-9)
     for seed in range(10):
         change = 0.01 * solution.output.norm() * torch.nn.functional.normalize(random(4 * 5, D, seed=seed), dim=None)
-        other = OVSolution(solution.value, solution.output + change.view(4, 5, D), 0.0)
+        other = OVSolution(solution.value, solution.output + change.view(4, 5, D), 0.0, 1.0)
         assert relative_error(x, w_o, product(other, w_o, 2)) > solution.loss * (1 + 1e-6)
 
 
@@ -129,7 +129,7 @@ def test_no_change_of_the_value_projection_does_better_for_one_head_a_value_head
         for size in (1e-3, 0.05, 0.5):
             value = solution.value + size * solution.value.abs().mean() * random(3, D, 4, seed=seed)
             output = solution.output + size * solution.output.abs().mean() * random(3, 4, D, seed=100 + seed)
-            for other in (OVSolution(value, solution.output, 0.0), OVSolution(value, output, 0.0)):
+            for other in (OVSolution(value, solution.output, 0.0, 1.0), OVSolution(value, output, 0.0, 1.0)):
                 assert relative_error(x, w_o, product(other, w_o, 3)) > solution.loss
 
 

@@ -405,7 +405,7 @@ def test_failures_leave_what_was_there(
     before = {name: (path / name).read_bytes() for name in names(path)} if old else {}
     reached: list[list[str]] = []
 
-    def fail(folder: object, *_: object, **__: object) -> None:
+    def fail(folder: object, /, *_: object, **__: object) -> None:
         reached.append(names(tmp_path))
         raise error(folder)
 
