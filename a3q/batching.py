@@ -3,13 +3,41 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
 from a3q.errors import InputError
-from a3q.forward import batch_size
 from a3q.model import ModelConfig
+
+BATCH_BYTES = 256 * 2**20
+"""Activation bytes that one batch of sequences may take inside a layer on a CPU."""
+_CPU = torch.device("cpu")
+_GPU_SHARE = 24
+"""Part of a GPU's memory that they may take there: large matrices keep it busy."""
+
+
+def batch_size(config: ModelConfig, length: int, device: torch.device) -> int:
+    """Sequences of `length` tokens whose widest activations inside a layer may be in memory together.
+
+    The same on the same device whatever is free: sums depend on it, and a run that is continued must equal one that
+    was not interrupted.
+    """
+    room = BATCH_BYTES
+    if device.type == "cuda":
+        room = torch.cuda.get_device_properties(device).total_memory // _GPU_SHARE
+    widest = config.widest
+    per_token = 3 * widest.intermediate_size + 4 * config.num_attention_heads * widest.qk_head_dim
+    if config.alibi_slopes:
+        per_token += length * config.num_attention_heads
+    return max(1, room // (4 * length * per_token))
+
+
+def batches(config: ModelConfig, count: int, length: int, device: torch.device = _CPU) -> Iterator[slice]:
+    """Slices of `count` sequences of `length` tokens, `batch_size` of them each."""
+    size = batch_size(config, length, device)
+    for start in range(0, count, size):
+        yield slice(start, min(start + size, count))
 
 
 def out_of_memory(error: BaseException) -> bool:

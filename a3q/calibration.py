@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from a3q.errors import InputError
-from a3q.model import Model, Tokenizer
+from a3q.forward import compute_dtype
+from a3q.model import Model, Tokenizer, free_memory
 from a3q.perplexity import read_text
 from a3q.sampling import sample
 from converters.chat_template import compile_template
@@ -115,6 +116,7 @@ def self_text(
     model: Model, count: int, length: int, seed: int, device: torch.device, on_tokens: OnTokens = lambda _: None
 ) -> Tensor:
     """Text that the model writes after a first token drawn uniformly from the normal ones: int64 `[count, length]`."""
+    _check_room(model, device)
     tokenizer = model.tokenizer
     types = tokenizer.metadata.get("tokenizer.ggml.token_type")
     kinds = [_NORMAL] * tokenizer.vocab_size if types is None else types.value
@@ -140,6 +142,19 @@ def self_text(
         for start in range(0, count, batch)
     ]
     return torch.cat(parts)
+
+
+def _check_room(model: Model, device: torch.device) -> None:
+    """InputError where the model, which is only ever read layer by layer otherwise, is too large to write text."""
+    outside = sum(weight.numel() for weight in model.top.values())
+    layers = model.parameters() - outside
+    needed = 4 * outside + compute_dtype(device).itemsize * layers
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
+    if needed > free:
+        raise InputError(
+            f"--calib {SELF}: the model needs {needed / 1e9:.1f} GB of memory on {device} to write text itself and "
+            f"{free / 1e9:.1f} GB are free; give a text file (--calib FILE), with which one layer at a time is enough"
+        )
 
 
 # Windows of a stream of tokens

@@ -581,6 +581,8 @@ def _joined() -> Iterator[None]:
 
 
 def _fail(error: Exception, code: int) -> NoReturn:
+    # torchrun ends the others when one ends: this one is about to.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     process = f" (process {os.environ.get('RANK')})" if _several() else ""
     _errors.print(f"a3q{process}: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
     sys.exit(code)
@@ -604,3 +606,13 @@ def main() -> None:
         _fail(error, 1)
     except KeyboardInterrupt:
         sys.exit(130)
+    except (RuntimeError, MemoryError) as error:
+        from a3q.batching import out_of_memory
+
+        if not out_of_memory(error):
+            raise
+        what = str(error).partition("\n")[0] or "memory could not be had"
+        _fail(InputError(f"out of memory: {what}; free some memory, or use --device cpu"), 2)
+    finally:
+        # From here on there is nothing to clean up, and an exception would be one too many.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)

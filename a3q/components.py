@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from a3q import ranks
 from a3q.model import Layer, LayerShape, ModelConfig
 from a3q.solve.mlp import MLPSolution, select_units, solve_mlp
-from a3q.solve.ov import OVSolution, solve_ov
+from a3q.solve.ov import OVSolution, solve_ov_sizes
 from a3q.solve.qk import (
     QKSolution,
     pair_energy,
@@ -156,7 +157,7 @@ def _solve_qk(
         if shape.pairs:
             statistics.distances()  # which adds up over all processes
     lost, energy = _added_up(own.lost, own.energy, C_q.device)
-    return QKSolution(ranks.joined_rows(own.query, H), ranks.joined_rows(own.key, G), lost, energy)
+    return QKSolution(ranks.joined_rows(own.query, H, queries), ranks.joined_rows(own.key, G), lost, energy)
 
 
 def _solve_heads(
@@ -241,30 +242,38 @@ def spread_norms(config: ModelConfig, w: Layer) -> None:
             w[role] = w[role].repeat(heads)
 
 
-def ov_loss(config: ModelConfig, w: Layer, statistics: AttentionStatistics, r: int, method: Method) -> float:
-    """The share of energy that `reduce_ov` would lose."""
-    return _solve_ov(config, w, statistics, r, method).loss
+def ov_losses(
+    config: ModelConfig, w: Layer, statistics: AttentionStatistics, sizes: Sequence[int], method: Method
+) -> list[float]:
+    """The share of energy that `reduce_ov` would lose at each of `sizes`."""
+    return [solution.loss for solution in _solve_ov(config, w, statistics, sizes, method)]
 
 
-def _solve_ov(config: ModelConfig, w: Layer, statistics: AttentionStatistics, r: int, method: Method) -> OVSolution:
+def _solve_ov(
+    config: ModelConfig, w: Layer, statistics: AttentionStatistics, sizes: Sequence[int], method: Method
+) -> list[OVSolution]:
     """Every process solves for its share of the value heads and of the queries that read them."""
     H, G = config.num_attention_heads, config.num_key_value_heads
     own, queries = _own_heads(config)
     values = None if method.fitted or H == G else statistics.v.mean()[own]
     moments, weights, groups = statistics.o.mean(), _per_head(w["o"].T, H), own.stop - own.start
     if groups:
-        found = solve_ov(moments[queries], weights[queries], groups, r, values)
+        found = solve_ov_sizes(moments[queries], weights[queries], groups, sizes, values)
     else:
-        none = moments.new_zeros(0, moments.shape[-1], r, dtype=torch.float64)
-        found = OVSolution(none, none.mT, 0.0, 0.0)
-    lost, energy = _added_up(found.lost, found.energy, w["o"].device)
-    return OVSolution(ranks.joined_rows(found.value, G), ranks.joined_rows(found.output, H), lost, energy)
+        none = [moments.new_zeros(0, moments.shape[-1], r, dtype=torch.float64) for r in sizes]
+        found = [OVSolution(one, one.mT, 0.0, 0.0) for one in none]
+    solutions = []
+    for one in found:
+        lost, energy = _added_up(one.lost, one.energy, w["o"].device)
+        value, output = ranks.joined_rows(one.value, G), ranks.joined_rows(one.output, H, queries)
+        solutions.append(OVSolution(value, output, lost, energy))
+    return solutions
 
 
 def reduce_ov(config: ModelConfig, w: Layer, statistics: AttentionStatistics, r: int, method: Method) -> float:
     """Values of `r` dimensions, in place; the share of energy lost."""
     H, G = config.num_attention_heads, config.num_key_value_heads
-    solution = _solve_ov(config, w, statistics, r, method)
+    (solution,) = _solve_ov(config, w, statistics, [r], method)
     for role in ("v", "v_bias"):
         if role in w:
             _store(w, role, solution.value.mT @ _per_head(w[role], G).double())

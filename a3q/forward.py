@@ -6,7 +6,7 @@ Checked against transformers and llama.cpp by the tests. Activations are float32
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
@@ -14,17 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from a3q.batching import Batches
 from a3q.model import Layer, LayerShape, Model, ModelConfig
 
 Observer = Callable[[str, Tensor], None]
 """Receives `q`, `k` before RoPE (`[B, heads, T, qk_head_dim]`), `v` and `o` (`[B, heads, T, v_head_dim]`) and `m` (`[B,
 T, F]`); of a whole block also what attention and MLP read, `attn_in` and `mlp_in` (`[B, T, hidden]`)."""
-
-BATCH_BYTES = 256 * 2**20
-"""Activation bytes that one batch of sequences may take inside a layer on a CPU."""
-_CPU = torch.device("cpu")
-_GPU_SHARE = 24
-"""Part of a GPU's memory that they may take there: large matrices keep it busy."""
 
 _ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -35,8 +30,8 @@ _ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 
 
 def to_device(layer: Layer, device: torch.device) -> Layer:
-    """The same weights on `device`."""
-    return {role: weight.to(device) for role, weight in layer.items()}
+    """The same weights on `device`, float32."""
+    return {role: weight.to(device, torch.float32) for role, weight in layer.items()}
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
@@ -180,14 +175,19 @@ def attention_inner(
     if cache is not None:
         k, v = cache.append(k, v)
     bias = score_bias(config, shape, start, start + T, x.device)
-    o = F.scaled_dot_product_attention(
-        q,
-        k,
-        v,
-        None if bias is None else bias.to(v.dtype),
-        is_causal=bias is None and T > 1,
-        enable_gqa=config.queries_per_group > 1,
-    )
+    if bias is None and T == 1:
+        # The queries that share a key head are as good as several positions, and no key is copied for them.
+        grouped = q.reshape(B, config.num_key_value_heads, config.queries_per_group, -1)
+        o = F.scaled_dot_product_attention(grouped, k, v).reshape(B, config.num_attention_heads, 1, -1)
+    else:
+        o = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            None if bias is None else bias.to(v.dtype),
+            is_causal=bias is None,
+            enable_gqa=config.queries_per_group > 1,
+        )
     if observe is not None:
         observe("o", o)
     return o.transpose(1, 2).reshape(B, T, -1)
@@ -251,39 +251,19 @@ def block(
 
 def embed(model: Model, tokens: Tensor, start: int = 0) -> Tensor:
     """Hidden states `[B, T, hidden]` of `tokens` `[B, T]` at positions from `start` on, where the embedding is kept."""
-    x = F.embedding(tokens, model.embed) * model.config.embedding_scale
+    x = F.embedding(tokens, model.embed).float() * model.config.embedding_scale
     positions = model.top.get("positions")
     return x if positions is None else x + positions[start : start + tokens.shape[1]]
-
-
-def batch_size(config: ModelConfig, length: int, device: torch.device) -> int:
-    """Sequences of `length` tokens whose widest activations inside a layer may be in memory together.
-
-    The same on the same device whatever is free: sums depend on it, and a run that is continued must equal one that
-    was not interrupted.
-    """
-    room = BATCH_BYTES
-    if device.type == "cuda":
-        room = torch.cuda.get_device_properties(device).total_memory // _GPU_SHARE
-    widest = config.widest
-    per_token = 3 * widest.intermediate_size + 4 * config.num_attention_heads * widest.qk_head_dim
-    if config.alibi_slopes:
-        per_token += length * config.num_attention_heads
-    return max(1, room // (4 * length * per_token))
-
-
-def batches(config: ModelConfig, count: int, length: int, device: torch.device = _CPU) -> Iterator[slice]:
-    """Slices of `count` sequences of `length` tokens, `batch_size` of them each."""
-    size = batch_size(config, length, device)
-    for start in range(0, count, size):
-        yield slice(start, min(start + size, count))
 
 
 @torch.inference_mode()
 def run_layer(config: ModelConfig, shape: LayerShape, w: Layer, x: Tensor, device: torch.device) -> None:
     """Replace the hidden states `x` `[B, T, hidden]`, kept where they are, by this layer's output, batch by batch."""
-    for part in batches(config, x.shape[0], x.shape[1], device):
+
+    def pass_through(part: slice) -> None:
         x[part] = block(config, shape, w, x[part].to(device)).to(x.device)
+
+    Batches(config, x.shape[1], device).each(len(x), pass_through)
 
 
 @torch.inference_mode()
@@ -303,4 +283,4 @@ def hidden_states(
 @torch.inference_mode()
 def output_logits(model: Model, hidden: Tensor, device: torch.device) -> Tensor:
     """Logits `[..., vocab_size]` (on `device`) of final hidden states `[..., hidden]`."""
-    return F.linear(hidden.to(device), model.output.to(device))
+    return F.linear(hidden.to(device), model.output.to(device, torch.float32))

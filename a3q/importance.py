@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from a3q.batching import batches
 from a3q.errors import InputError
-from a3q.forward import batches, block, embed, norm, to_device
+from a3q.forward import block, embed, norm, to_device
 from a3q.model import Layer, LayerShape, Model, ModelConfig
 
 _READERS = {"attn_in": ("q", "k", "v"), "o": ("o",), "mlp_in": ("gate", "up"), "m": ("down",)}

@@ -153,7 +153,8 @@ class Model:
     config: ModelConfig
     top: Layer
     """Weights outside the layers by role: `embed` `[vocab_size, hidden_size]`, `final_norm`, …; `output` `[vocab_size,
-    hidden_size]` is absent when tied to `embed`."""
+    hidden_size]` is absent when tied to `embed`. Large ones may be of another floating type, in the memory of their
+    file."""
     layers: Sequence[Layer]
     layer_roles: frozenset[str]
     """Roles that every layer has."""

@@ -4,6 +4,7 @@ caller's callback."""
 from __future__ import annotations
 
 import hashlib
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -180,6 +181,7 @@ def run(
         notes += [*_shortfall(plan), *_advice(original, reduction.model, plan, known.calibration), *reduction.notes]
     else:
         reduction = Reduction(original, [])
+    ranks.meet()
     return Reduced(**vars(settled), reduction=reduction, notes=tuple(notes))
 
 
@@ -246,13 +248,15 @@ _AT_ONCE = 4
 
 def hash_source(source: Source, stages: Stages) -> list[str]:
     """sha256 of each weight file. InputError where one cannot be read to its end."""
+    # Whoever ends the run need not wait for files of many gigabytes.
+    ended = threading.Event()
     with stages("hash the source", source.file_size) as advance:
 
         def digest(path: Path) -> str:
             found = hashlib.sha256()
             try:
                 with path.open("rb") as file:
-                    while chunk := file.read(1 << 22):
+                    while not ended.is_set() and (chunk := file.read(1 << 22)):
                         found.update(chunk)
                         advance(len(chunk))
             except OSError as error:
@@ -261,7 +265,10 @@ def hash_source(source: Source, stages: Stages) -> list[str]:
 
         def digests() -> list[str]:
             with ThreadPoolExecutor(_AT_ONCE) as pool:
-                return list(pool.map(digest, source.weight_files))
+                try:
+                    return list(pool.map(digest, source.weight_files))
+                finally:
+                    ended.set()
 
         return ranks.by_first(digests)
 

@@ -62,8 +62,11 @@ class LayerRounding:
             where = f"{self.where}, {', '.join(names)}"
             _check(weight, gram, where)
             # Rows are independent: every process rounds its share, and not too many at once, since that takes memory.
-            own = torch.split(weight[ranks.share(len(weight))], _ROWS)
-            blocks = _of_all(Blocks.joined([self._round(rows, gram, grid, where) for rows in own]), len(weight))
+            own = ranks.share(len(weight))
+            # One row where none is left for this process: encoders and kernels expect some.
+            parts = torch.split(weight[own] if own.stop > own.start else weight[:1], _ROWS)
+            rounded = Blocks.joined([self._round(rows, gram, grid, where) for rows in parts])
+            blocks = _of_all(rounded.rows(slice(own.stop - own.start)), len(weight))
             # As it is read back, bit for bit: a run that is continued goes on with what was stored.
             values = blocks.dequantize()
             if not bool(torch.isfinite(values).all()):

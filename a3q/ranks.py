@@ -59,8 +59,8 @@ def joined() -> Iterator[None]:
 
 def _lost() -> str:
     return (
-        f"process {rank()} of {count()}: another process of this run has ended or cannot be reached; its own message "
-        "says why. The same command with the same --work continues, with any number of processes"
+        f"another of the {count()} processes has ended or cannot be reached; its own message or torchrun's tells why. "
+        "With --work FOLDER the same command continues after the last finished layer, with any number of processes"
     )
 
 
@@ -94,6 +94,14 @@ def share(items: int) -> slice:
     return slice(items * rank() // count(), items * (rank() + 1) // count())
 
 
+def meet() -> None:
+    """Wait until all ranks are here and done with what they exchanged: after this, any of them may end."""
+    if count() > 1:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        dist.all_reduce(torch.zeros(1))
+
+
 def add_up(*tensors: Tensor) -> None:
     """Replace tensors by their sums over the ranks, in place."""
     if count() > 1:
@@ -109,12 +117,12 @@ def agreed(decided: Tensor) -> Tensor:
     return decided
 
 
-def joined_rows(part: Tensor, rows: int) -> Tensor:
-    """`[rows, …]` out of every rank's `share(rows)` of it."""
+def joined_rows(part: Tensor, rows: int, own: slice | None = None) -> Tensor:
+    """`[rows, …]` out of every rank's `own` of it, `share(rows)` unless told."""
     if count() == 1:
         return part
     whole = torch.zeros(rows, *part.shape[1:], dtype=part.dtype, device=part.device)
-    whole[share(rows)] = part
+    whole[share(rows) if own is None else own] = part
     # Zeros but for one rank's part: an exact sum, and shares need not be equal as they must be to be gathered.
     dist.all_reduce(whole)
     return whole

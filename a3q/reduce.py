@@ -291,7 +291,7 @@ class _Run:
             self._outside.blocks[role], top[role] = known, known.dequantize()
             return
         home = top[role].device
-        top[role] = top[role].to(self.device)
+        top[role] = top[role].to(self.device, torch.float32)
         self._outside.apply(top, (role,), gram())
         top[role] = top[role].to(home)
         if ranks.first():
@@ -335,10 +335,25 @@ def _check(where: str, moments: Mapping[str, Moment]) -> None:
     """InputError names the first of the activations, in the order of the forward pass, that is no number."""
     for name, moment in moments.items():
         if not bool(torch.isfinite(moment.mean()).all()):
-            raise InputError(
-                f"{where}: {name} holds values that are no numbers (NaN or infinite) on the calibration text; the "
-                "model is broken there, or numbers overflow"
-            )
+            raise InputError(_no_numbers(where, name))
+
+
+def _finite(where: str, y: Tensor) -> Tensor:
+    """What an MLP puts out where nothing else is measured of it; InputError like that of `_check`."""
+    if not bool(torch.isfinite(y).all()):
+        raise InputError(_no_numbers(where, "the MLP's output"))
+    return y
+
+
+def _pass_mlp(where: str, stream: Stream, low: Layer, part: slice) -> None:
+    stream.add(part, low, "mlp_post_norm", _finite(where, stream.mlp(low, part)))
+
+
+def _no_numbers(where: str, name: str) -> str:
+    return (
+        f"{where}: {name} holds values that are no numbers (NaN or infinite) on the calibration text; the model is "
+        "broken there, or numbers overflow"
+    )
 
 
 def _check_attention(where: str, statistics: AttentionStatistics) -> None:
@@ -378,7 +393,7 @@ def reduce_plainly(
 
     def see_units(part: slice) -> None:
         m = reference.mlp_inner(low, part)
-        y = reference.after(low, "mlp_post_norm", mlp_output(low, m)).to(reference.x.device)
+        y = _finite(where, reference.after(low, "mlp_post_norm", mlp_output(low, m))).to(reference.x.device)
         if gram is not None:
             gram.add(m.flatten(0, 1))
         reference.x[part] += y
@@ -406,7 +421,7 @@ def reduce_fitted(
     new_shape, qk, ov = _fit_attention(low, new, shape, target, streams, method, rounding)
     if mlp_stays and rounding.grids.keys().isdisjoint(MLP):
         for stream in (streams.reference, streams.reduced):
-            streams.each(partial(stream.pass_mlp, low))
+            streams.each(partial(_pass_mlp, rounding.where, stream, low))
         return new, new_shape, LayerLosses(qk, ov, 0.0)
     lost = _fit_mlp(low, new, shape, target, streams, method, rounding)
     return new, new_shape, LayerLosses(qk, ov, lost)

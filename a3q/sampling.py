@@ -9,20 +9,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from a3q.forward import KeyValueCache, block, embed, norm, output_logits, to_device
+from a3q.forward import KeyValueCache, block, compute_dtype, embed, lowered, norm, output_logits, to_device
 from a3q.model import Model
 
 
 def pick(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:
     """Sample one token id a row from logits `[B, vocab]`, the tail beyond probability mass `top_p` left out."""
-    probabilities = F.softmax(logits.double() / temperature, dim=-1)
+    probabilities = F.softmax(logits.float() / temperature, dim=-1)
     if top_p < 1:
         ordered, order = probabilities.sort(dim=-1, descending=True)
         ordered[ordered.cumsum(-1) - ordered > top_p] = 0
         probabilities = torch.zeros_like(probabilities).scatter_(-1, order, ordered)
-    # An exponential race: the same draw as multinomial, without its limit on the number of categories.
-    race = torch.empty_like(probabilities).exponential_(generator=generator)
-    return (probabilities / race).argmax(-1)
+    # By the inverse of the distribution function: one random number a row, where a race of all tokens needs as many as
+    # there are tokens, which took half as long as the model itself.
+    reached = probabilities.cumsum(-1, dtype=torch.float64)
+    drawn = torch.rand(len(reached), 1, dtype=torch.float64, device=reached.device, generator=generator)
+    found: Tensor = torch.searchsorted(reached, drawn * reached[:, -1:], right=True).squeeze(-1)
+    return found.clamp_max(reached.shape[-1] - 1)
 
 
 @torch.inference_mode()
@@ -40,8 +43,9 @@ def sample(
     """Continue `prompts` `[B, P]` to `[B, length]` token ids (CPU). All layers are held in memory meanwhile."""
     config = model.config
     B, P = prompts.shape
-    layers = [to_device(layer, device) for layer in model.layers]
-    caches = [KeyValueCache(config, shape, B, length, device) for shape in config.layers]
+    dtype = compute_dtype(device)
+    layers = [lowered(to_device(layer, device), dtype) for layer in model.layers]
+    caches = [KeyValueCache(config, shape, B, length, device, dtype) for shape in config.layers]
     model = replace(model, top=to_device(model.top, device))
     generator = torch.Generator(device).manual_seed(seed)
     ids = torch.empty(B, length, dtype=torch.int64, device=device)

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from a3q import ranks
+from a3q.ahead import fetched
 from a3q.allocate import Curve
 from a3q.batching import Batches
-from a3q.components import Method, ov_loss, qk_loss, reduce_mlp, reduce_ov, reduce_qk
+from a3q.components import Method, ov_losses, qk_loss, reduce_mlp, reduce_ov, reduce_qk
 from a3q.errors import InputError
 from a3q.families import Component
 from a3q.forward import block, compute_dtype, embed, lowered, norm, output_logits, run_layer, to_device
@@ -94,8 +95,10 @@ def measure(
     branches = room.empty(sum(map(len, sizes)) * len(probe), *probe.shape[1:])
     started = 0
     found: list[dict[Component, tuple[tuple[int, ...], tuple[float, ...], int]]] = []
-    for i, (shape, options, w) in enumerate(zip(config.layers, sizes, model.layers, strict=True)):
-        w = to_device(w, device)
+    if len(sizes) != config.num_hidden_layers:
+        raise ValueError(f"sizes for {len(sizes)} layers of {config.num_hidden_layers}")
+    weights = fetched((partial(_loaded, model, i, device) for i in range(len(sizes))), device.type == "cuda")
+    for i, (shape, options, w) in enumerate(zip(config.layers, sizes, weights, strict=True)):
         low = lowered(w, compute_dtype(device))
         moments = _moments(config, shape, low, x, device, earlier)
         layer: dict[Component, tuple[tuple[int, ...], tuple[float, ...], int]] = {}
@@ -118,6 +121,10 @@ def measure(
         on_layer()
     kls = iter(_divergences(model, probe, branches, device, positions, sum(map(len, sizes))))
     return [{component: Sensitivity(*known, next(kls)) for component, known in layer.items()} for layer in found]
+
+
+def _loaded(model: Model, i: int, device: torch.device) -> Layer:
+    return to_device(model.layers[i], device)
 
 
 def _embedded(model: Model, tokens: Tensor, room: Room) -> Tensor:
@@ -163,7 +170,7 @@ def _losses(
     smaller = grid[:-1]
     if component == "QK":
         return [*(qk_loss(config, shape, moments.attention, r, method) for r in smaller), 0.0]
-    return [*(ov_loss(config, w, moments.attention, r, method) for r in smaller), 0.0]
+    return [*ov_losses(config, w, moments.attention, smaller, method), 0.0]
 
 
 def _alone(

@@ -28,7 +28,7 @@ from a3q.report_html import check_reports, write_reports
 from a3q.result import Result, Rounding, mark, mean_losses, stem_of
 from a3q.settings import Settings, identity
 from a3q.verify import Verification, gptq_runs, verify_folder
-from a3q.work import draft_of, ended, opened, placed
+from a3q.work import draft_of, opened, placed
 from converters.hf_plain import plain_config
 from converters.hf_writer import WrittenFolder, check_output_folder, write_huggingface
 from converters.open import open_model
@@ -104,7 +104,7 @@ def reduce_to_folder(
     )
     torch_device = pick_device(device)
     if output is not None:
-        force = force or _killed(Path(output), settings.work)
+        force = force or _own(Path(output), settings.work)
         alone(partial(check_output_folder, Path(output), force))
     seconds: dict[str, float] = {}
     stages = timed(stages, seconds)
@@ -117,7 +117,7 @@ def reduce_to_folder(
     if request is not None:
         request.check(original)
     folder = Path(output) if output is not None else Path(_default_name(original, settings, request))
-    force = force or _killed(folder, settings.work)
+    force = force or _own(folder, settings.work)
     alone(partial(check_output_folder, folder, force, original.source.path))
     if report:
         alone(partial(check_reports, folder, force))
@@ -190,12 +190,11 @@ def reduce_to_folder(
     )
     if report:
         result = replace(result, reports=write_reports(result))
-    ended(settings.work)
     return result
 
 
-def _killed(folder: Path, work: Path | None) -> bool:
-    """Whether the output is there because a run in the folder `work` was killed right after it had got its name."""
+def _own(folder: Path, work: Path | None) -> bool:
+    """Whether the output that is there is of this very run, which was killed when it had its name, even at its end."""
     return folder.is_dir() and placed(work, folder.iterdir())
 
 

@@ -37,7 +37,7 @@ from a3q.settings import Settings, identity
 from a3q.solve.grid import GRIDS
 from a3q.store import Finished
 from a3q.verify import Verification, allowed_kl, verify
-from a3q.work import draft_of, ended, opened, placed
+from a3q.work import draft_of, opened, placed
 from converters import gguf_split
 from converters.budget import Limit
 from converters.gguf_keys import as_keys
@@ -123,8 +123,7 @@ def convert(
     pick_device(device)
     split = split_max_size is not None
     if output is not None:
-        force = force or _killed(Path(output), split, settings.work)
-        _check_outputs(Path(output), split, ollama is not None, report, force)
+        _check_outputs(Path(output), split, ollama is not None, report, force, settings.work)
     seconds: dict[str, float] = {}
     stages = timed(stages, seconds)
     notes: list[str] = []
@@ -137,15 +136,13 @@ def convert(
     original = first_before_others(partial(open_model, model, pre))
     check_runtime(original)
     path = Path(output) if output is not None else Path(default_name(original, settings.request(), request))
-    force = force or _killed(path, split, settings.work)
-    _check_outputs(path, split, ollama is not None, report, force)
+    _check_outputs(path, split, ollama is not None, report, force, settings.work)
     result = convert_opened(original, header, settings, request, use, path, verify_file, split_max_size, None, stages)
     result = replace(result, notes=(*notes, *result.notes), seconds=seconds)
     if ollama is not None:
         result = _into_ollama(ollama, result, use, force, stages)
     if report:
         result = replace(result, reports=write_reports(result))
-    ended(settings.work)
     return result
 
 
@@ -216,22 +213,19 @@ def convert_opened(
     )
 
 
-def _killed(path: Path, split: bool, work: Path | None) -> bool:
-    """Whether what has the output's name is there because a run in the folder `work` was killed right after."""
-    return placed(work, gguf_split.existing(path) if split else [path] if path.is_file() else [])
+def _check_outputs(path: Path, split: bool, ollama: bool, report: bool, force: bool, work: Path | None) -> None:
+    """InputError for anything that stands in the way of what is to be written.
 
-
-def _check_outputs(path: Path, split: bool, ollama: bool, report: bool, force: bool) -> None:
-    """InputError for anything that stands in the way of what is to be written."""
-
-    def check() -> None:
-        check_output(path, force, split)
-        if ollama:
-            check_modelfile(path, force)
-        if report:
-            check_reports(path, force)
-
-    ranks.alone(check)
+    What this very run has written before it was killed, even at its end, is in nobody's way.
+    """
+    own = placed(
+        work, gguf_split.existing(path) if split and path.parent.is_dir() else [path] if path.is_file() else []
+    )
+    check_output(path, force or own, split)
+    if ollama:
+        check_modelfile(path, force)
+    if report:
+        check_reports(path, force or own)
 
 
 def _into_ollama(name: str, result: Result, use: Use, force: bool, stages: Stages) -> Result:

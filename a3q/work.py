@@ -6,7 +6,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from a3q import ranks
@@ -18,7 +18,7 @@ _RUN = "run"
 """Name of the document that tells the run."""
 _LOCK = "lock"
 _OUTPUT = "output"
-"""Name of the document that tells the output's files, which is there while they may have their names before the end."""
+"""Name of the document that tells the output's files."""
 _OTHER = "give another folder with --work"
 
 
@@ -82,7 +82,14 @@ class WorkFolder:
 
     def keep_output(self, files: Iterable[Path]) -> None:
         """Tell the files of the output, which are about to be renamed; see `placed`."""
-        self.keep(_OUTPUT, _marks(files))
+        known = self._outputs()
+        # Those of a run that was killed may still have the names.
+        self.keep(_OUTPUT, known | {name: [*known.get(name, []), mark] for name, mark in _marks(files).items()})
+
+    def placed(self, files: Iterable[Path]) -> bool:
+        """Whether `files`, which there are, are of an output that was told here, and untouched."""
+        known, marks = self._outputs(), _marks(files)
+        return bool(marks) and all(mark in known.get(name, []) for name, mark in marks.items())
 
     def layers(self, stage: str) -> Path:
         """The folder for the `LayerStore` of a stage."""
@@ -90,6 +97,10 @@ class WorkFolder:
         with _usable(path):
             path.mkdir(exist_ok=True)
         return path
+
+    def _outputs(self) -> dict[str, list[list[int]]]:
+        found = self.recall(_OUTPUT)
+        return found if isinstance(found, dict) else {}
 
     @property
     def _calibration(self) -> Path:
@@ -154,19 +165,8 @@ def draft_of(output: Path, work: Path) -> Path:
 
 
 def placed(work: Path | None, files: Iterable[Path]) -> bool:
-    """Whether `files`, which there are, were given their names by a run in the folder `work` that was killed since."""
-    found = None if work is None else WorkFolder(work).recall(_OUTPUT)
-    if not isinstance(found, dict):
-        return False
-    marks = _marks(files)
-    return bool(marks) and marks.items() <= found.items()
-
-
-def ended(work: Path | None) -> None:
-    """Nothing is left to be done: from now on, the output is a file like any other."""
-    if work is not None:
-        with suppress(OSError):
-            WorkFolder(work).document(_OUTPUT).unlink(missing_ok=True)
+    """`WorkFolder.placed`, before the folder is opened."""
+    return work is not None and WorkFolder(work).placed(files)
 
 
 def _marks(files: Iterable[Path]) -> dict[str, list[int]]:

@@ -87,7 +87,7 @@ STAGES: list[Stage] = [
     Stage("solve QK", "a3q.components", "reduce_qk"),
     Stage("solve QK", "a3q.components", "qk_loss"),
     Stage("solve OV", "a3q.components", "reduce_ov"),
-    Stage("solve OV", "a3q.components", "ov_loss"),
+    Stage("solve OV", "a3q.components", "ov_losses"),
     Stage("solve MLP", "a3q.components", "reduce_mlp", select_flops),
     Stage("solve MLP", "a3q.solve.mlp", "mlp_losses"),
     Stage("refit", "a3q.fit", "OutputFit.apply", refit_flops),

@@ -20,7 +20,7 @@ from benchmarks.common import peak_memory, windows
 from converters.open import open_model
 
 SOLVERS = {
-    a3q.components: ("solve_pairs", "solve_plain", "split_dimensions", "solve_ov", "solve_mlp"),
+    a3q.components: ("solve_pairs", "solve_plain", "split_dimensions", "solve_ov_sizes", "solve_mlp"),
     a3q.reduce: ("refit", "refit_with_bias"),
 }
 

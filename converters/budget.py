@@ -172,4 +172,5 @@ class SampledError:
                 self._layer = layer, self.model.layers[layer]
             weight = self._layer[1][role]
         pick = torch.linspace(0, len(weight) - 1, min(count, len(weight))).long()
-        return weight[pick] + weight[pick.roll(1)] if role in self.moved else weight[pick]
+        rows = weight[pick].float()
+        return rows + rows.roll(1, 0) if role in self.moved else rows

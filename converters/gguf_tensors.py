@@ -81,22 +81,26 @@ class TensorEncoder:
                 raise VerifyError(
                     f"{entry.name}: the weight is {list(part.shape)}, its configuration says {list(expected)}"
                 )
-            part = check_finite(part.detach().to("cpu", torch.float32), entry.name, self.origin)
-            arranged.append(self._arranged(part, role))
+            arranged.append(self._arranged(part.detach(), role))
         weight = arranged[0] if len(arranged) == 1 else torch.cat(arranged)
+        # Encoders make several copies of what they are given, and an embedding is large.
+        step = max(1, _AT_ONCE // max(1, weight[0].numel()))
+        data = [_encoded(self._checked(rows, entry, kind), kind) for rows in torch.split(weight, step)]
+        return data[0] if len(data) == 1 else np.concatenate(data)
+
+    def _checked(self, rows: Tensor, entry: Entry, kind: GGMLQuantizationType) -> Tensor:
+        """Some rows of a weight, float32 on the CPU, that the type can hold."""
+        rows = check_finite(rows.to("cpu", torch.float32), entry.name, self.origin)
         if kind not in (_T.F32, _T.BF16):
             # The block scales of the quantized types are half floats as well.
-            low, high = torch.aminmax(weight)
+            low, high = torch.aminmax(rows)
             largest = max(-float(low), float(high))
             if largest > _HALF_MAX:
                 raise InputError(
                     f"{self.origin}: tensor {entry.name} holds {largest:g}, too large for {kind.name}; "
                     "write bf16 or f32"
                 )
-        # Encoders make several copies of what they are given, and an embedding is large.
-        step = max(1, _AT_ONCE // max(1, weight[0].numel()))
-        data = [_encoded(rows, kind) for rows in torch.split(weight, step)]
-        return data[0] if len(data) == 1 else np.concatenate(data)
+        return rows
 
     def _arranged(self, weight: Tensor, role: Role) -> Tensor:
         if role.name == "q_norm":

@@ -93,7 +93,7 @@ def _with_prefix(weights: Weights, family: Family) -> Weights:
 
 
 def _top(family: Family, config: ModelConfig, weights: Weights, folder: Path) -> Layer:
-    top = {role.name: weights.read(role.hf) for role in family.top if role.hf in weights.tensors}
+    top = {role.name: weights.borrow(role.hf) for role in family.top if role.hf in weights.tensors}
     # The same weight twice is kept once.
     output = top.pop("output", None) if config.tie_word_embeddings else None
     if output is not None and not torch.equal(output, top["embed"]):

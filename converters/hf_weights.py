@@ -23,6 +23,8 @@ from converters.unchanged import Stamp, check_unchanged
 
 DTYPES = ("F32", "F16", "BF16")
 _WORDS = "I32"
+LARGE = 1 << 25
+"""Weights above which a tensor outside the layers is not copied into main memory."""
 _INDEX = "model.safetensors.index.json"
 _BUFFER = re.compile(r"(^|\.)(rotary_emb\.inv_freq|\d+\.(attn|attention)\.(masked_)?bias)$")
 """Rotation and causal mask in old checkpoints: the config says the same."""
@@ -47,6 +49,16 @@ class Stored:
             tensor: Tensor = self.handle.get_tensor(self.name)
         except (SafetensorError, OSError) as error:
             raise InputError(f"{self.path}: tensor {self.name} cannot be read: {one_line(error)}") from error
+        return tensor
+
+    def borrow(self) -> Tensor:
+        """A large tensor as it is stored, in the memory of the file, which the system takes back when it needs some;
+        else like `read`."""
+        if prod(self.shape) < LARGE:
+            return self.read()
+        tensor = self.load()
+        for rows in torch.split(tensor, max(1, LARGE // prod(self.shape[1:]))):
+            check_finite(rows, self.name, self.path)
         return tensor
 
     def read(self) -> Tensor:
@@ -108,6 +120,11 @@ class Weights:
     def read(self, name: str) -> Tensor:
         """One tensor as float32, the caller's own."""
         return self.tensors[name].read()
+
+    def borrow(self, name: str) -> Tensor:
+        """One tensor, a large one of the type and in the memory of its file; not to be written to."""
+        stored = self.tensors[name]
+        return stored.borrow() if isinstance(stored, Stored) else stored.read()
 
     def blocks(self, name: str) -> Blocks | None:
         """The matrix `[rows, inputs]` on its grid; None where it is not quantized, or its groups are no blocks."""

@@ -10,6 +10,7 @@ refitted to its own moment, `Q_h = (PᵀC_hP)^{-1} PᵀC_h`. For one head that i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,26 +44,45 @@ def solve_ov(o_moment: Tensor, w_o: Tensor, groups: int, r: int, v_moment: Tenso
     With `v_moment` `[G, d, d]`, A3's own solution: the subspace from the values, no refit. The loss is under `o_moment`
     either way.
     """
-    H, d, _ = o_moment.shape
-    C = o_moment.double().view(groups, H // groups, d, d)
-    W = w_o.double().view(groups, H // groups, d, -1)
-    eigenvalues, Q = torch.linalg.eigh(C.mean(1) if v_moment is None else v_moment.double())
-    floor = (eigenvalues[:, -1:] * RIDGE).clamp_min(torch.finfo(torch.float32).tiny)
-    root = eigenvalues.clamp_min(0).maximum(floor).sqrt()[:, None]
-    S, S_inverse = (Q * root) @ Q.mT, (Q / root) @ Q.mT
+    return _Problem(o_moment, w_o, groups, v_moment).solve(r)
 
-    # Left singular vectors of the wide [d, heads · hidden] matrix, from its d × d Gram matrix.
-    SW = S[:, None] @ W
-    _, U = torch.linalg.eigh((SW @ SW.mT).sum(1))
-    U = U[..., -r:].flip(-1)
-    P = S_inverse @ U
-    fit = _refit(P, C, r) if v_moment is None else (U.mT @ S)[:, None].expand(-1, H // groups, -1, -1)
 
-    error = W - P[:, None] @ (fit @ W)
-    lost = (error * (C @ error)).sum().clamp_min(0)
-    energy = (W * (C @ W)).sum()
-    P, fit = _balance(P, fit, W)
-    return OVSolution(P, fit.reshape(H, r, d), float(lost), float(energy))
+def solve_ov_sizes(
+    o_moment: Tensor, w_o: Tensor, groups: int, sizes: Sequence[int], v_moment: Tensor | None = None
+) -> list[OVSolution]:
+    """`solve_ov` for several sizes, which have all but the last step in common."""
+    problem = _Problem(o_moment, w_o, groups, v_moment)
+    return [problem.solve(r) for r in sizes]
+
+
+class _Problem:
+    """What is the same for every size."""
+
+    def __init__(self, o_moment: Tensor, w_o: Tensor, groups: int, v_moment: Tensor | None) -> None:
+        H, d, _ = o_moment.shape
+        self._C = o_moment.double().view(groups, H // groups, d, d)
+        self._W = w_o.double().view(groups, H // groups, d, -1)
+        self._fitted = v_moment is None
+        eigenvalues, Q = torch.linalg.eigh(self._C.mean(1) if v_moment is None else v_moment.double())
+        floor = (eigenvalues[:, -1:] * RIDGE).clamp_min(torch.finfo(torch.float32).tiny)
+        root = eigenvalues.clamp_min(0).maximum(floor).sqrt()[:, None]
+        self._S, self._S_inverse = (Q * root) @ Q.mT, (Q / root) @ Q.mT
+        # Left singular vectors of the wide [d, heads · hidden] matrix, from its d × d Gram matrix; the largest last.
+        self._gram = self._W @ self._W.mT
+        _, self._U = torch.linalg.eigh((self._S[:, None] @ self._gram @ self._S[:, None]).sum(1))
+
+    def solve(self, r: int) -> OVSolution:
+        C, W = self._C, self._W
+        groups, heads, d, _ = W.shape
+        U = self._U[..., -r:].flip(-1)
+        P = self._S_inverse @ U
+        fit = _refit(P, C, r) if self._fitted else (U.mT @ self._S)[:, None].expand(-1, heads, -1, -1)
+        # The error is (I − P Q) W; its energy needs no more of W than W Wᵀ.
+        left = torch.eye(d, dtype=W.dtype, device=W.device) - P[:, None] @ fit
+        lost = ((left.mT @ C @ left) * self._gram).sum().clamp_min(0)
+        energy = (C * self._gram).sum()
+        P, fit = _balance(P, fit, W)
+        return OVSolution(P, fit.reshape(groups * heads, r, d), float(lost), float(energy))
 
 
 def _refit(P: Tensor, C: Tensor, r: int) -> Tensor:

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from a3q.forward import attention, batches, embed, mlp, norm, to_device
+from a3q.batching import batches
+from a3q.forward import attention, embed, mlp, norm, to_device
 from a3q.model import Layer, LayerShape, Model, ModelConfig
 from a3q.statistics import Moment
 

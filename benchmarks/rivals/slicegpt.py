@@ -22,7 +22,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from a3q.forward import attention, batches, mlp, norm, to_device
+from a3q.batching import batches
+from a3q.forward import attention, mlp, norm, to_device
 from a3q.model import Layer, LayerShape, Model, ModelConfig
 from a3q.statistics import Moment
 from benchmarks.rivals.activations import start

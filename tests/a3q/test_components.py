@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from a3q import components
-from a3q.components import Method, ov_loss, qk_loss, reduce_mlp, reduce_ov, reduce_qk, spread_norms
+from a3q.components import Method, ov_losses, qk_loss, reduce_mlp, reduce_ov, reduce_qk, spread_norms
 from a3q.forward import attention, embed, mlp, norm
 from a3q.model import Layer, LayerShape, Model, ModelConfig
 from a3q.solve.qk import pair_energy, select_frequencies, select_pairs
@@ -143,7 +143,7 @@ def test_losses_are_told_without_the_step(bench: Bench, method: Method, r: int) 
     assert qk_loss(bench.config, bench.shape, bench.statistics, r, method) == loss
     assert 0 < loss < 1
     before = dict(bench.w)
-    told = ov_loss(bench.config, before, bench.statistics, r, method)
+    (told,) = ov_losses(bench.config, before, bench.statistics, [r], method)
     assert all(before[role] is bench.w[role] for role in before)
     assert reduce_ov(bench.config, before, bench.statistics, r, method) == told
     assert 0 < told < 1
@@ -345,7 +345,9 @@ def test_order_and_coordinates_of_heads_do_not_matter(kind: Kind, tmp_path: Path
 def test_fitted_losses_are_no_larger_than_the_papers(bench: Bench) -> None:
     """Mixing starts from a selection and each head's output is fitted: with the same pairs neither can lose more."""
     for r in (4, 8, 12):
-        ours, papers = (ov_loss(bench.config, bench.w, bench.statistics, r, Method(name)) for name in ("a3q", "paper"))
+        (ours,), (papers,) = (
+            ov_losses(bench.config, bench.w, bench.statistics, [r], Method(name)) for name in ("a3q", "paper")
+        )
         assert ours <= papers * (1 + 1e-6)
         ours, papers = (
             qk_loss(bench.config, bench.shape, bench.statistics, r, Method(name, "shared")) for name in ("a3q", "paper")

@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM
 
-from a3q import forward
-from a3q.forward import KeyValueCache, attention, batches, block, embed, hidden_states, mlp, norm, output_logits, rope
+from a3q import batching
+from a3q.batching import batches
+from a3q.forward import KeyValueCache, attention, block, embed, hidden_states, mlp, norm, output_logits, rope
 from a3q.model import Layer, Model
 from converters.hf_reader import open_huggingface
 from tests.pico import LLAMA3_ROPE, VOCAB, write_model
@@ -87,13 +88,13 @@ def test_many_small_batches_equal_one(model: Model, monkeypatch: pytest.MonkeyPa
     assert len(list(batches(model.config, 5, 30))) == 1
     whole = hidden_states(model, ids, CPU)
     for limit in (1, 2 * 4 * 30 * (3 * 96 + 4 * 64)):
-        monkeypatch.setattr(forward, "BATCH_BYTES", limit)
+        monkeypatch.setattr(batching, "BATCH_BYTES", limit)
         assert len(list(batches(model.config, 5, 30))) == (5 if limit == 1 else 3)
         torch.testing.assert_close(hidden_states(model, ids, CPU), whole, rtol=1e-5, atol=1e-5)
 
 
 def test_batches_cover_every_sequence_once(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forward, "BATCH_BYTES", 3 * 4 * 10 * (3 * 96 + 4 * 64))
+    monkeypatch.setattr(batching, "BATCH_BYTES", 3 * 4 * 10 * (3 * 96 + 4 * 64))
     slices = list(batches(model.config, 8, 10))
     assert slices == [slice(0, 3), slice(3, 6), slice(6, 8)]
     assert list(batches(model.config, 0, 10)) == []

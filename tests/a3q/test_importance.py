@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from a3q import forward
+from a3q import batching
 from a3q.errors import InputError
 from a3q.families import Role
 from a3q.importance import measure
@@ -63,7 +63,7 @@ def test_inputs_of_every_matrix(kind: Kind, tied: bool, tmp_path: Path, monkeypa
     folder = write_model(tmp_path / f"pico-{kind}", kind, tied=tied)
     model, expected = open_huggingface(folder), seen_by_transformers(folder)
     # One sequence at a time, so that there are several batches.
-    monkeypatch.setattr(forward, "BATCH_BYTES", 1)
+    monkeypatch.setattr(batching, "BATCH_BYTES", 1)
     done: list[int] = []
     found = measure(model, tokens(), CPU, lambda: done.append(len(done)))
     assert found.windows == WINDOWS and found.tokens == 120

@@ -11,14 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from a3q import components, fit, forward
+from a3q import batching, components, fit
 from a3q.batching import Batches
 from a3q.components import Method
 from a3q.forward import attention, block, embed, hidden_states, mlp, norm
 from a3q.model import Layer, LayerShape, Model, ModelConfig
 from a3q.quantize import LayerRounding
 from a3q.reduce import Dimensions, LayerLosses, Reduction, _Streams, reduce, reduce_fitted, reduce_plainly
-from a3q.solve.ov import OVSolution, solve_ov
+from a3q.solve.ov import OVSolution, solve_ov_sizes
 from a3q.solve.qk import _as_real, select_frequencies
 from a3q.statistics import AttentionStatistics, Moment
 from a3q.stream import Stream
@@ -211,8 +211,8 @@ def test_spilling_to_disk_changes_nothing(model: Model) -> None:
 @pytest.mark.parametrize("method", [SHARED, METHODS["paper-own"]], ids=["a3q", "paper"])
 def test_batches_change_nothing(model: Model, method: Method, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = run(model, QUARTER["all"], method)
-    monkeypatch.setattr(forward, "BATCH_BYTES", 3 * 4 * LENGTH * (3 * 96 + 4 * 64))
-    assert len(list(forward.batches(model.config, len(CALIBRATION), LENGTH))) == 6
+    monkeypatch.setattr(batching, "BATCH_BYTES", 3 * 4 * LENGTH * (3 * 96 + 4 * 64))
+    assert len(list(batching.batches(model.config, len(CALIBRATION), LENGTH))) == 6
     parts = run(model, QUARTER["all"], method)
     assert error(whole.model, parts.model) < 1e-4
     for one, other in zip(whole.losses, parts.losses, strict=True):
@@ -254,13 +254,15 @@ def test_moments_are_measured_on_the_right_stream(
     """a3q solves the second layer for what the original makes of the reduced first layer's output, the paper not."""
     moments: list[Tensor] = []
 
-    def spy(o_moment: Tensor, w_o: Tensor, groups: int, r: int, v_moment: Tensor | None = None) -> OVSolution:
+    def spy(
+        o_moment: Tensor, w_o: Tensor, groups: int, sizes: Sequence[int], v_moment: Tensor | None = None
+    ) -> list[OVSolution]:
         moments.append(o_moment)
         shared = model.config.num_attention_heads != model.config.num_key_value_heads
         assert (v_moment is not None) is (shared and not method.fitted)
-        return solve_ov(o_moment, w_o, groups, r, v_moment)
+        return solve_ov_sizes(o_moment, w_o, groups, sizes, v_moment)
 
-    monkeypatch.setattr(components, "solve_ov", spy)
+    monkeypatch.setattr(components, "solve_ov_sizes", spy)
     reduced = run(model, QUARTER["all"], method).model
 
     def second(of: Model) -> Tensor:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from a3q import forward, perplexity
+from a3q import batching, perplexity
 from a3q.components import Method, reduce_mlp, reduce_ov, reduce_qk, spread_norms
 from a3q.families import Component
 from a3q.forward import attention, block, embed, hidden_states, mlp, norm, output_logits
@@ -152,7 +152,7 @@ def test_pieces_change_nothing(models: dict[str, Model], kind: Kind, monkeypatch
     model, method = models[kind], METHODS["a3q-own"]
     before = [{role: weight.clone() for role, weight in layer.items()} for layer in model.layers]
     whole = measure(model, TOKENS, PROBES, sizes_of(model), 0.25, CPU, method)
-    monkeypatch.setattr(forward, "BATCH_BYTES", 1)
+    monkeypatch.setattr(batching, "BATCH_BYTES", 1)
     monkeypatch.setattr(perplexity, "_ROWS", 7)
     parts = measure(model, TOKENS, PROBES, sizes_of(model), 0.25, CPU, method)
     for one, other in zip(whole, parts, strict=True):
