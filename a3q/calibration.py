@@ -148,7 +148,7 @@ def _check_room(model: Model, device: torch.device) -> None:
     """InputError where the model, which is only ever read layer by layer otherwise, is too large to write text."""
     outside = sum(weight.numel() for weight in model.top.values())
     layers = model.parameters() - outside
-    needed = 4 * outside + compute_dtype(device).itemsize * layers
+    needed = 4 * outside + compute_dtype(device, model.config.hidden_size).itemsize * layers
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
     if needed > free:
         raise InputError(

@@ -10,7 +10,7 @@ from a3q.errors import InputError
 from a3q.families import COMPONENTS, Component, Family
 from a3q.footprint import CACHE_BLOCK
 from a3q.model import LayerShape, ModelConfig
-from a3q.reduce import Dimensions
+from a3q.reduce_layer import Dimensions
 from a3q.sensitivity import Sensitivity
 
 ALL: frozenset[Component] = frozenset(COMPONENTS)

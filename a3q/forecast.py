@@ -15,7 +15,8 @@ from a3q.footprint import CACHE_BLOCK, Footprint, Speedup, TensorInfo, Use, can_
 from a3q.gguf_types import MOVED, TypeRequest
 from a3q.model import Model, ModelConfig
 from a3q.noise import Costs, matrices_of
-from a3q.reduce import MLP, planned
+from a3q.reduce import planned
+from a3q.reduce_layer import MLP
 from a3q.settings import Settings
 from converters.assignment import Types, assign
 from converters.budget import choose

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -34,10 +35,29 @@ def to_device(layer: Layer, device: torch.device) -> Layer:
     return {role: weight.to(device, torch.float32) for role, weight in layer.items()}
 
 
-def compute_dtype(device: torch.device) -> torch.dtype:
-    """What activations are computed in where there are many: bfloat16 on GPUs that have it, else float32."""
-    fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+def compute_dtype(device: torch.device, hidden_size: int) -> torch.dtype:
+    """What activations are computed in where there are many: bfloat16 where the hardware has it, else float32.
+
+    Models with small matrices gain nothing from it on a CPU.
+    """
+    if device.type == "cuda":
+        fast = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        fast = hidden_size >= _WORTH_IT and _cpu_has_bfloat16()
     return torch.bfloat16 if fast else torch.float32
+
+
+_WORTH_IT = 512
+
+
+@lru_cache
+def _cpu_has_bfloat16() -> bool:
+    """Whether this processor multiplies bfloat16 matrices by itself: 4 times as fast as float32 with AVX-512."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return any(f" {flag} " in flags for flag in ("avx512_bf16", "amx_bf16"))
 
 
 def lowered(w: Layer, dtype: torch.dtype) -> Layer:

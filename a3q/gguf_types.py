@@ -19,7 +19,7 @@ from a3q.model import Model, ModelConfig
 from a3q.noise import Costs, matrices_of, measure
 from a3q.pipeline import Calibrated
 from a3q.quantize import Quantization
-from a3q.reduce import MLP
+from a3q.reduce_layer import MLP
 from a3q.solve.grid import GRIDS, Blocks, Grid
 from converters import ggml_encode
 from converters.assignment import Types, assign

@@ -192,13 +192,15 @@ def free_memory() -> int:
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` takes a CUDA device where there is one."""
+    """`auto` takes a CUDA device where there is one: the current one of this thread, by its number, so that other
+    threads mean the same."""
     from a3q.errors import InputError
 
     if name not in ("auto", "cpu", "cuda"):
         raise InputError(f"--device {name}: give auto, cpu or cuda")
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cuda" and not torch.cuda.is_available():
+    there = torch.cuda.is_available()
+    if name == "cuda" and not there:
         raise InputError("--device cuda: no CUDA device is available to PyTorch here; use --device cpu")
-    return torch.device(name)
+    if name == "cpu" or not there:
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())

@@ -25,7 +25,8 @@ from a3q.errors import InputError
 from a3q.model import Model, ModelConfig, Source, free_memory, pick_device
 from a3q.progress import Advance, Stages, for_each
 from a3q.quantize import Quantization
-from a3q.reduce import Dimensions, OnFinished, Reduction, planned, reduce
+from a3q.reduce import OnFinished, Reduction, planned, reduce
+from a3q.reduce_layer import Dimensions
 from a3q.settings import Settings
 from a3q.work import WorkFolder
 

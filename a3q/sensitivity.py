@@ -93,13 +93,13 @@ def measure(
     room = Room(memory_budget, device)
     x, probe = (_embedded(model, ids, room) for ids in (tokens, probes))
     branches = room.empty(sum(map(len, sizes)) * len(probe), *probe.shape[1:])
-    started = 0
+    started, dtype = 0, compute_dtype(device, config.hidden_size)
     found: list[dict[Component, tuple[tuple[int, ...], tuple[float, ...], int]]] = []
     if len(sizes) != config.num_hidden_layers:
         raise ValueError(f"sizes for {len(sizes)} layers of {config.num_hidden_layers}")
     weights = fetched((partial(_loaded, model, i, device) for i in range(len(sizes))), device.type == "cuda")
     for i, (shape, options, w) in enumerate(zip(config.layers, sizes, weights, strict=True)):
-        low = lowered(w, compute_dtype(device))
+        low = lowered(w, dtype)
         moments = _moments(config, shape, low, x, device, earlier)
         layer: dict[Component, tuple[tuple[int, ...], tuple[float, ...], int]] = {}
         before = started
@@ -114,7 +114,7 @@ def measure(
             branch.copy_(probe)
             started += len(probe)
             new_config, new_shape, new = _alone(config, shape, w, moments, component, probed, method)
-            run_layer(new_config, new_shape, lowered(new, compute_dtype(device)), branch, device)
+            run_layer(new_config, new_shape, lowered(new, dtype), branch, device)
         found.append(layer)
         run_layer(config, shape, low, branches[:before], device)
         run_layer(config, shape, low, probe, device)

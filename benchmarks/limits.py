@@ -2,10 +2,10 @@
 
     python -m benchmarks.limits [--limit-memory 6GiB] COMMAND …
 
-A limit is a control group where one can be made. There pages of files count too, but they are given back when others
-are needed: a command that maps a model larger than the limit runs, as it would on a machine with as little memory.
-Elsewhere it is RLIMIT_DATA, which counts private anonymous memory; what `ulimit -v` limits counts mapped files and the
-address space that threads and CUDA reserve, all of which need no memory.
+A limit is a control group, which only root can make, or a user to whom one is delegated. There pages of files count
+too, but they are given back when others are needed: a command that maps a model larger than the limit runs, as it would
+on a machine with as little memory. `ulimit -v` counts mapped files and the address space that threads and CUDA reserve,
+and `ulimit -d` safetensors' private maps, none of which need memory.
 
 With `--gpu-memory`, `python -m benchmarks.limits` is what runs instead of `python -m a3q`: it tells PyTorch what share
 of the device's memory it may take, and does a3q's work in the same process.
@@ -45,7 +45,7 @@ class Usage:
     """Peak of the first GPU beyond what was taken before, as nvidia-smi tells; None without one."""
     limit: int | None
     limited_by: str | None
-    """`cgroup v1`, `cgroup v2` or `RLIMIT_DATA`."""
+    """`cgroup v1` or `cgroup v2`."""
     group_anonymous: int | None
     """Peak of the control group's anonymous memory, its other processes included."""
     out_of_memory: bool
@@ -143,12 +143,11 @@ def run_watched(
     if limit is None:
         return _watch(command, log, None, None, None, env)
     with memory_group(limit) as group:
+        if group is None:
+            sys.exit("--limit-memory: no control group can be made here; run it as root, or in one that is delegated")
         # The shell limits itself, and then becomes the command.
-        if group is not None:
-            line, how = f"echo $$ > '{group.processes}' && exec \"$@\"", f"cgroup v{group.version}"
-        else:
-            line, how = f'ulimit -d {limit >> 10} && exec "$@"', "RLIMIT_DATA"
-        return _watch(["sh", "-c", line, "sh", *command], log, limit, how, group, env)
+        line = f"echo $$ > '{group.processes}' && exec \"$@\""
+        return _watch(["sh", "-c", line, "sh", *command], log, limit, f"cgroup v{group.version}", group, env)
 
 
 def _watch(

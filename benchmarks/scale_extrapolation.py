@@ -1,18 +1,22 @@
 """From a run on the first layers of a model to one on all of them.
 
 What is told layer by layer has a part for each layer, by the clock from the first layer's end to the last's, and the
-rest is fixed; before the first end lies what is only done once. The choice of dimensions runs a branch for each
-component of each layer through all layers behind it: it grows by the square, of which the moments, one for each layer,
-are counted too, so that its figure is an upper bound. Reading and writing grow with the bytes.
+rest is fixed; before the first end lies what is only done once. Weighing runs a branch for each component of each layer
+through all layers behind it, so that every layer takes a little longer than the one before: a line is fitted to their
+times, and continued. From fewer than FEWEST layers, all of it grows by the square, which is an upper bound. Reading and
+writing grow with the bytes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 from benchmarks.scale_stages import Section
 
+FEWEST = 4
+"""Layers whose times a line is fitted to; the first is not among them, since it waits for what is set up once."""
 QUADRATIC = ("weigh the layers", "weigh the matrices")
 LAYERED = ("reduce", "reduce and quantize", "quantize", "choose dimensions")
 LINEAR = ("write calibration text", "verify in llama.cpp")
@@ -21,9 +25,8 @@ BY_BYTES = ("hash the source", "write", "finish the file")
 FIXED = ("read calibration text", "rest")
 
 WARNING = (
-    "not linear: weighing the layers, scaled by the square of their number, is an upper bound (the moments in it grow "
-    "with the layers only); how many dimensions are tried, what fits in memory and what has to wait on disk may be "
-    "different for the whole model; peak memory is not extrapolated"
+    "how many dimensions are tried, what fits in memory and what has to wait on disk may be different for the whole "
+    "model; peak memory is not extrapolated"
 )
 
 
@@ -57,6 +60,8 @@ def _whole(title: str, section: Section, layers: int, of: int, bytes_share: floa
     if layers == of:
         return section.seconds, "all layers"
     if title in QUADRATIC:
+        if len(section.advances) == layers >= FEWEST:
+            return _continued(section, of), "a line through the layers' times"
         return section.seconds * (of / layers) ** 2, "layers², an upper bound"
     if title in LAYERED:
         each = per_layer(section)
@@ -67,6 +72,18 @@ def _whole(title: str, section: Section, layers: int, of: int, bytes_share: floa
     if title in BY_BYTES:
         return section.seconds * bytes_share, "bytes"
     return section.seconds, "fixed" if title in FIXED else "fixed, for want of a rule"
+
+
+def _continued(section: Section, of: int) -> float:
+    """Seconds where layer i takes `a + b · i`, by least squares with `b` of at least 0."""
+    times = [end - start for start, end in pairwise(section.advances)]
+    mean_i, mean = (len(times) + 1) / 2, sum(times) / len(times)
+    slope = sum((i - mean_i) * (t - mean) for i, t in enumerate(times, 1)) / sum(
+        (i - mean_i) ** 2 for i in range(1, len(times) + 1)
+    )
+    slope = max(0.0, slope)
+    more = sum(mean + slope * (i - mean_i) for i in range(len(times) + 1, of))
+    return section.seconds + more
 
 
 def per_layer(section: Section) -> float:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import a3q.components
-import a3q.reduce
+import a3q.fit
 from a3q.dimensions import Request, folder_grid, uniform
 from a3q.model import pick_device
 from a3q.reduce import reduce
@@ -21,7 +21,7 @@ from converters.open import open_model
 
 SOLVERS = {
     a3q.components: ("solve_pairs", "solve_plain", "split_dimensions", "solve_ov_sizes", "solve_mlp"),
-    a3q.reduce: ("refit", "refit_with_bias"),
+    a3q.fit: ("refit", "refit_with_bias"),
 }
 
 

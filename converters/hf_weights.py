@@ -241,3 +241,5 @@ def _open_file(path: Path) -> Any:
         raise InputError(f"{path}: cannot be read: {error.strerror or one_line(error)}") from error
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: is truncated or damaged: {one_line(error)}; download it again") from error
+    except RuntimeError as error:  # PyTorch's own, where the process may not map so much
+        raise InputError(f"{path}: cannot be read: {one_line(error)}; raise the limit on address space") from error

@@ -14,8 +14,10 @@ from a3q.components import Method
 from a3q.forward import hidden_states, output_logits
 from a3q.model import LayerShape, Model
 from a3q.perplexity import kl_divergence
-from a3q.reduce import Dimensions, LayerLosses, Reduction, reduce
+from a3q.reduce import Reduction, reduce
+from a3q.reduce_layer import Dimensions
 from a3q.solve.qk import select_frequencies
+from a3q.store import LayerLosses
 from converters.hf_reader import open_huggingface
 from tests.pico import KINDS, VOCAB, write_model
 

@@ -18,7 +18,7 @@ from a3q.errors import InputError
 from a3q.footprint import Footprint, Use
 from a3q.forecast import Forecast
 from a3q.gguf_types import TypeRequest
-from a3q.reduce import Dimensions
+from a3q.reduce_layer import Dimensions
 from a3q.result import Result
 from a3q.settings import Settings
 from converters.headers import Header, open_header

@@ -22,7 +22,7 @@ from a3q.footprint_table import render_forecast
 from a3q.forecast import Forecast, Forecaster, check_cache, grid_for
 from a3q.gguf_types import TypeRequest
 from a3q.model import Model
-from a3q.reduce import Dimensions
+from a3q.reduce_layer import Dimensions
 from a3q.result import Result
 from a3q.sensitivity import Sensitivity
 from a3q.settings import Settings

@@ -12,7 +12,8 @@ from a3q.forward import compute_dtype, hidden_states, output_logits
 from a3q.model import Model
 from a3q.perplexity import compare
 from a3q.quantize import Quantization
-from a3q.reduce import Dimensions, reduce
+from a3q.reduce import reduce
+from a3q.reduce_layer import Dimensions
 from a3q.sampling import sample
 from a3q.solve.grid import GRIDS
 from converters.hf_reader import open_huggingface
@@ -52,8 +53,8 @@ def test_reduction_costs_the_same_as_on_the_cpu(tmp_path: Path, rounded: bool) -
 def test_text_is_written_in_the_type_that_is_fast(tmp_path: Path) -> None:
     """The model's own predictions for what it wrote on the GPU, one position at a time, are those of the CPU."""
     device = torch.device("cuda")
-    assert compute_dtype(device) is torch.bfloat16
     model = open_huggingface(write_model(tmp_path / "m", "llama", num_hidden_layers=3))
+    assert compute_dtype(device, model.config.hidden_size) is torch.bfloat16
     prompts = torch.arange(16)[:, None]
     text = sample(model, prompts, 48, temperature=0.01, top_p=1.0, seed=0, device=device)
     logits = output_logits(model, hidden_states(model, text, CPU), CPU)

@@ -15,7 +15,8 @@ from a3q.forward import block, embed, hidden_states, norm, output_logits
 from a3q.model import Layer, Model
 from a3q.perplexity import kl_divergence
 from a3q.quantize import Encoder, LayerRounding, Quantization
-from a3q.reduce import Dimensions, Reduction, reduce
+from a3q.reduce import Reduction, reduce
+from a3q.reduce_layer import Dimensions
 from a3q.solve.gptq import nearest
 from a3q.solve.grid import GRIDS, Blocks, Grid
 from converters import ggml_encode

@@ -15,7 +15,8 @@ from torch import Tensor, multiprocessing
 from a3q import InputError, ranks, reduce_to_folder, statistics
 from a3q.components import Method
 from a3q.quantize import Encoder, LayerRounding, Quantization
-from a3q.reduce import Dimensions, Reduction, reduce
+from a3q.reduce import Reduction, reduce
+from a3q.reduce_layer import Dimensions
 from a3q.sensitivity import measure
 from a3q.solve.grid import GRIDS
 from a3q.statistics import Moment

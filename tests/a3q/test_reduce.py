@@ -17,10 +17,12 @@ from a3q.components import Method
 from a3q.forward import attention, block, embed, hidden_states, mlp, norm
 from a3q.model import Layer, LayerShape, Model, ModelConfig
 from a3q.quantize import LayerRounding
-from a3q.reduce import Dimensions, LayerLosses, Reduction, _Streams, reduce, reduce_fitted, reduce_plainly
+from a3q.reduce import Reduction, reduce
+from a3q.reduce_layer import Dimensions, Streams, reduce_fitted, reduce_plainly
 from a3q.solve.ov import OVSolution, solve_ov_sizes
 from a3q.solve.qk import _as_real, select_frequencies
 from a3q.statistics import AttentionStatistics, Moment
+from a3q.store import LayerLosses
 from a3q.stream import Stream
 from converters.hf_reader import open_huggingface
 from tests.pico import VOCAB, Kind, write_model
@@ -226,7 +228,7 @@ def test_streams_are_those_of_the_two_models(model: Model) -> None:
     batches, unrounded = Batches(model.config, LENGTH, CPU), LayerRounding({}, None, "nowhere")
     width = model.config.num_attention_heads * model.config.widest.v_head_dim
     room = torch.empty_like(x), torch.empty(*x.shape[:2], width)
-    streams = _Streams(reference, reduced, batches, torch.float32, 0, *room)
+    streams = Streams(reference, reduced, batches, torch.float32, 0, *room)
     layers, shapes = [], []
     for shape, w in zip(model.config.layers, model.layers, strict=True):
         new, new_shape, _ = reduce_fitted(dict(w), shape, QUARTER["all"], streams, SHARED, unrounded)
