@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -40,6 +38,7 @@ from a3q.verify import Verification, allowed_kl, verify
 from a3q.work import draft_of, opened, placed
 from converters import gguf_split
 from converters.budget import Limit
+from converters.draft import draft_folder
 from converters.gguf_keys import as_keys
 from converters.gguf_target import check_runtime
 from converters.gguf_writer import GGUFStream, WrittenFile, check_output, header_size
@@ -180,7 +179,10 @@ def convert_opened(
         facts = identity(settings, digests, pick_device(settings.device).type) | request.facts()
         work = stack.enter_context(opened(settings.work, {**facts, "--kv-type": use.cache_type}))
         # Whatever fails from here on, nothing stands under the final name.
-        folder = stack.enter_context(_drafts(path, settings.work))
+        folder = path.parent
+        if ranks.first():
+            scratch = None if settings.work is None else draft_of(path, settings.work)
+            folder = stack.enter_context(draft_folder(path, ".unverified", scratch))
         unverified = folder / path.name
         stack.enter_context(named(unverified, path))
         output = _Output(settler, settings, unverified, split_max_size, stack)
@@ -295,28 +297,6 @@ def _check_method(model: Model, settings: Settings, grid: Grid) -> None:
             "--method paper: the paper's QK gives every key head its own RoPE frequencies, which no stock GGUF runtime "
             "holds; take --components mlp, or write a Hugging Face folder with a3q reduce"
         )
-
-
-@contextmanager
-def _drafts(path: Path, work: Path | None) -> Iterator[Path]:
-    """A folder beside `path` for what has not its name yet.
-
-    Of a run with a work folder, it is found again, and emptied, after the process was killed.
-    """
-    if not ranks.first():
-        yield path.parent
-        return
-    if work is None:
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".unverified", dir=path.parent) as folder:
-            yield Path(folder)
-        return
-    kept = draft_of(path, work)
-    shutil.rmtree(kept, ignore_errors=True)
-    kept.mkdir()
-    try:
-        yield kept
-    finally:
-        shutil.rmtree(kept, ignore_errors=True)
 
 
 @dataclass

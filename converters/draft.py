@@ -5,6 +5,10 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,3 +48,23 @@ def sync_and_hash(path: Path) -> str:
     with path.open("rb+") as file:
         os.fsync(file.fileno())
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def draft_folder(path: Path, suffix: str, scratch: Path | None) -> Iterator[Path]:
+    """An empty folder for drafts of `path`, on the same file system; removed at the end.
+
+    Its name is made of that of `path` and the `suffix`, or is `scratch`, which may hold what a killed process has left.
+    """
+    if scratch is None:
+        prefix = f".{path.name}."
+        with tempfile.TemporaryDirectory(suffix, prefix, path.parent, ignore_cleanup_errors=True) as folder:
+            yield Path(folder)
+        return
+    if scratch.exists():
+        shutil.rmtree(scratch)
+    scratch.mkdir()
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)

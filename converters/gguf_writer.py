@@ -26,7 +26,7 @@ from a3q.errors import InputError, VerifyError
 from a3q.model import Layer, Model
 from converters import gguf_split
 from converters.assignment import Types, assign
-from converters.draft import allocate, sync_and_hash, write_at
+from converters.draft import allocate, draft_folder, sync_and_hash, write_at
 from converters.entries import Entry, entries
 from converters.gguf_reader import GGUFHeader, check_gguf
 from converters.gguf_target import Target, as_read_back, check_runtime, dimension_keys, factors_for, target_for
@@ -139,7 +139,7 @@ class GGUFStream:
         else:
             parts = _split(path, gguf_split.plan(self._tensors, room, split_max_size), metadata)
         with _as_input_errors(path, self._size), ExitStack() as cleanup:
-            folder = cleanup.enter_context(_folder(path, scratch))
+            folder = cleanup.enter_context(draft_folder(path, ".part", scratch))
             free = shutil.disk_usage(folder).free
             if free < self._size:
                 raise InputError(f"{path}: disk full: {self._size:,} bytes are needed and {free:,} are free; make room")
@@ -279,23 +279,6 @@ def write_gguf(
             if progress is not None:
                 progress(stream.written, stream.total)
         return stream.finish(model)
-
-
-@contextmanager
-def _folder(path: Path, scratch: Path | None) -> Iterator[Path]:
-    """An empty folder for the drafts of `path`, on the same file system; removed at the end."""
-    if scratch is None:
-        prefix, suffix = f".{path.name}.", ".part"
-        with tempfile.TemporaryDirectory(suffix, prefix, path.parent, ignore_cleanup_errors=True) as folder:
-            yield Path(folder)
-        return
-    if scratch.exists():
-        shutil.rmtree(scratch)
-    scratch.mkdir()
-    try:
-        yield scratch
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 @contextmanager

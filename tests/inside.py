@@ -104,8 +104,8 @@ def _found(module: str, name: str) -> tuple[Any, str, Any]:
     return owner, last, getattr(owner, last)
 
 
-def raising(error: BaseException, module: str, name: str, call: int = 1) -> None:
-    """The so-manieth call of a function or method raises `error`."""
+def _at(module: str, name: str, call: int, happens: Callable[[], object]) -> None:
+    """Before the so-manieth call of a function or method, something happens."""
     owner, last, really = _found(module, name)
     calls = 0
 
@@ -113,10 +113,19 @@ def raising(error: BaseException, module: str, name: str, call: int = 1) -> None
         nonlocal calls
         calls += 1
         if calls == call:
-            raise error
+            happens()
         return really(*args, **options)
 
     setattr(owner, last, function)
+
+
+def raising(error: BaseException, module: str, name: str, call: int = 1) -> None:
+    """The so-manieth call of a function or method raises `error`."""
+
+    def happens() -> None:
+        raise error
+
+    _at(module, name, call, happens)
 
 
 def unreadable(name: str, number: int) -> None:
@@ -138,17 +147,7 @@ def unreadable(name: str, number: int) -> None:
 
 def cut(path: Path, module: str, name: str, call: int) -> None:
     """A file is cut short at the so-manieth call of a function."""
-    owner, last, really = _found(module, name)
-    calls = 0
-
-    def function(*args: Any, **options: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == call:
-            os.truncate(path, path.stat().st_size // 2)
-        return really(*args, **options)
-
-    setattr(owner, last, function)
+    _at(module, name, call, lambda: os.truncate(path, path.stat().st_size // 2))
 
 
 def limited(sequences: int) -> None:
@@ -192,19 +191,13 @@ def both(first: Callable[[], None], second: Callable[[], None]) -> None:
 
 def waiting(here: Path, module: str, name: str, call: int = 1) -> None:
     """At the so-manieth call of a function the file `here` appears, and nothing goes on until a signal comes."""
-    owner, last, really = _found(module, name)
-    calls = 0
 
-    def function(*args: Any, **options: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == call:
-            here.touch()
-            while True:
-                time.sleep(0.05)
-        return really(*args, **options)
+    def happens() -> None:
+        here.touch()
+        while True:
+            time.sleep(0.05)
 
-    setattr(owner, last, function)
+    _at(module, name, call, happens)
 
 
 def file_size_limit(size: int) -> None:
