@@ -34,7 +34,9 @@ MINIMUM_LENGTH = 128
 """Windows of a short text are made shorter, but not shorter than this."""
 
 CACHE_BYTES = 3 << 29
-"""Key/value cache of the sequences that a model writes side by side on a CPU; on a GPU a quarter of what is free."""
+"""Key/value cache of the sequences that a model writes side by side on a CPU."""
+_LOGIT_BYTES = 24
+"""For each entry of the vocabulary and sequence on a GPU: logits, probabilities and their sums."""
 
 _WHOLE_FILE = 4 << 20
 """Bytes of a file that is always tokenized whole; a larger one only if it has few bytes for the tokens wanted."""
@@ -116,7 +118,7 @@ def self_text(
     model: Model, count: int, length: int, seed: int, device: torch.device, on_tokens: OnTokens = lambda _: None
 ) -> Tensor:
     """Text that the model writes after a first token drawn uniformly from the normal ones: int64 `[count, length]`."""
-    _check_room(model, device)
+    free = _room(model, device)
     tokenizer = model.tokenizer
     types = tokenizer.metadata.get("tokenizer.ggml.token_type")
     kinds = [_NORMAL] * tokenizer.vocab_size if types is None else types.value
@@ -125,8 +127,7 @@ def self_text(
     prompts = normal[torch.randint(len(normal), (count, 1), generator=generator)]
     if tokenizer.add_bos and tokenizer.bos_id is not None:
         prompts = torch.cat([torch.full_like(prompts, tokenizer.bos_id), prompts], dim=1)
-    room = torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else CACHE_BYTES
-    batch = max(1, room // int(length * model.config.kv_bytes_per_token(4)))
+    batch = _side_by_side(model, length, free, device)
     parts = [
         sample(
             model,
@@ -144,8 +145,17 @@ def self_text(
     return torch.cat(parts)
 
 
-def _check_room(model: Model, device: torch.device) -> None:
-    """InputError where the model, which is only ever read layer by layer otherwise, is too large to write text."""
+def _side_by_side(model: Model, length: int, free: int, device: torch.device) -> int:
+    """Sequences that are written at the same time: the more the faster, as far as their caches and logits go in."""
+    if device.type != "cuda":
+        return max(1, CACHE_BYTES // int(length * model.config.kv_bytes_per_token(4)))
+    cache = int(length * model.config.kv_bytes_per_token(compute_dtype(device, model.config.hidden_size).itemsize))
+    return max(1, free // 4 * 3 // (cache + _LOGIT_BYTES * model.config.vocab_size))
+
+
+def _room(model: Model, device: torch.device) -> int:
+    """Bytes free beside the whole model; InputError where it, which is only ever read layer by layer otherwise, is too
+    large to write text."""
     outside = sum(weight.numel() for weight in model.top.values())
     layers = model.parameters() - outside
     needed = 4 * outside + compute_dtype(device, model.config.hidden_size).itemsize * layers
@@ -155,6 +165,7 @@ def _check_room(model: Model, device: torch.device) -> None:
             f"--calib {SELF}: the model needs {needed / 1e9:.1f} GB of memory on {device} to write text itself and "
             f"{free / 1e9:.1f} GB are free; give a text file (--calib FILE), with which one layer at a time is enough"
         )
+    return free - needed
 
 
 # Windows of a stream of tokens

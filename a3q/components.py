@@ -113,13 +113,29 @@ def reduce_qk(
     return (frequencies[:1] if len(set(frequencies)) == 1 else frequencies), loss
 
 
-def qk_loss(config: ModelConfig, shape: LayerShape, statistics: AttentionStatistics, r: int, method: Method) -> float:
-    """The share of energy that `reduce_qk` would lose."""
+def qk_losses(
+    config: ModelConfig, shape: LayerShape, statistics: AttentionStatistics, sizes: Sequence[int], method: Method
+) -> list[float]:
+    """The share of energy that `reduce_qk` would lose at each of `sizes`.
+
+    Every process solves for its share of the sizes, and for all heads: steps of many small matrices are bound by
+    latency, and take as long for fewer of them.
+    """
     C_q, C_k = statistics.q.mean(), statistics.k.mean()
-    kept, rest = _kept_dimensions(shape, C_q, C_k, r, method)
-    if config.qk_norm is not None:
-        return _selection_loss(C_q, C_k, kept)
-    return _solve_qk(config, shape, C_q, C_k, statistics, kept, rest, method).loss
+    # What takes all processes comes before what each does alone.
+    kept = [_kept_dimensions(shape, C_q, C_k, r, method) for r in sizes]
+    distances = statistics.distances() if shape.pairs and config.qk_norm is None else None
+    losses = torch.zeros(len(sizes), dtype=torch.float64, device=C_q.device)
+    # Taken in turn, since larger sizes take longer.
+    for i in range(ranks.rank(), len(sizes), ranks.count()):
+        pairs, rest = kept[i]
+        if config.qk_norm is None:
+            losses[i] = _solve_heads(config, shape, C_q, C_k, distances, pairs, rest, method).loss
+        else:
+            losses[i] = _selection_loss(C_q, C_k, pairs)
+    ranks.add_up(losses)
+    found: list[float] = losses.tolist()
+    return found
 
 
 def _kept_dimensions(shape: LayerShape, C_q: Tensor, C_k: Tensor, r: int, method: Method) -> tuple[Tensor, int]:
@@ -146,16 +162,15 @@ def _solve_qk(
     """Every process solves for its share of the key heads and of the queries that read them."""
     H, G = config.num_attention_heads, config.num_key_value_heads
     keys, queries = _own_heads(config)
+    # Added up over all processes, also those that have no heads.
+    distances = statistics.distances()[queries] if shape.pairs else None
     if keys.stop > keys.start:
         frequencies = shape.frequencies if len(shape.frequencies) < 2 else shape.frequencies[keys]
-        distances = statistics.distances()[queries] if frequencies else None
         known = replace(shape, frequencies=frequencies)
         own = _solve_heads(config, known, C_q[queries], C_k[keys], distances, kept[keys], rest, method)
     else:
         none = C_k.new_zeros(0, 2 * kept.shape[1] + rest, shape.qk_head_dim, dtype=torch.float64)
         own = QKSolution(none, none, 0.0, 0.0)
-        if shape.pairs:
-            statistics.distances()  # which adds up over all processes
     lost, energy = _added_up(own.lost, own.energy, C_q.device)
     return QKSolution(ranks.joined_rows(own.query, H, queries), ranks.joined_rows(own.key, G), lost, energy)
 

@@ -31,8 +31,8 @@ _ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 
 
 def to_device(layer: Layer, device: torch.device) -> Layer:
-    """The same weights on `device`, float32."""
-    return {role: weight.to(device, torch.float32) for role, weight in layer.items()}
+    """The same weights on `device`, float32, into which they are turned there: the way to it is slow."""
+    return {role: weight.to(device).to(torch.float32) for role, weight in layer.items()}
 
 
 def compute_dtype(device: torch.device, hidden_size: int) -> torch.dtype:
@@ -80,9 +80,9 @@ class Rope:
     cos: Tensor
     sin: Tensor
 
-    def window(self, start: int, end: int) -> Rope:
-        """The same rotation for positions `start … end` only."""
-        return Rope(self.cos[:, start:end], self.sin[:, start:end])
+    def window(self, start: int | Tensor, length: int) -> Rope:
+        """The same rotation for `length` positions from `start` on only."""
+        return Rope(_window(self.cos, 1, start, length), _window(self.sin, 1, start, length))
 
     def __call__(self, x: Tensor) -> Tensor:
         """Rotate `[B, heads, T, qk_head_dim]`; where there is a list for each key head, its query heads share it."""
@@ -96,7 +96,14 @@ class Rope:
         return torch.cat((re * cos - im * sin, im * cos + re * sin, rest), dim=-1)
 
 
-@lru_cache(maxsize=32)
+def _window(x: Tensor, dim: int, start: int | Tensor, length: int) -> Tensor:
+    """Entries `start … start + length` of a dimension; a start that is a tensor may change in a recorded graph."""
+    if isinstance(start, int):
+        return x.narrow(dim, start, length)
+    return x.index_select(dim, start + torch.arange(length, device=x.device))
+
+
+@lru_cache(maxsize=256)
 def rope(frequencies: tuple[tuple[float, ...], ...], length: int, device: torch.device) -> Rope:
     """Rotation for positions `0 … length`, kept for the next layer with the same frequencies."""
     with torch.inference_mode(False):
@@ -121,15 +128,32 @@ class KeyValueCache:
         self.keys = torch.empty(batch, heads, capacity, shape.qk_head_dim, device=device, dtype=dtype)
         self.values = torch.empty(batch, heads, capacity, shape.v_head_dim, device=device, dtype=dtype)
         self.capacity = capacity
-        self.length = 0
+        self.start: int | Tensor = 0
+        """Position that comes next; an int64 `[1]` after `follow`."""
+        self._seen = 0
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store new positions and return all so far."""
-        end = self.length + k.shape[2]
-        self.keys[:, :, self.length : end] = k
-        self.values[:, :, self.length : end] = v
-        self.length = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
+        """Store new positions and return all so far; after `follow` one position, and all that may be seen."""
+        if isinstance(self.start, Tensor):
+            self.keys.index_copy_(2, self.start, k)
+            self.values.index_copy_(2, self.start, v)
+        else:
+            end = self.start + k.shape[2]
+            self.keys[:, :, self.start : end] = k
+            self.values[:, :, self.start : end] = v
+            self.start = self._seen = end
+        return self.keys[:, :, : self._seen], self.values[:, :, : self._seen]
+
+    def follow(self, start: Tensor, seen: int) -> None:
+        """Take single positions from now on, each at `start` `[1]`, which the caller moves on.
+
+        What runs is then the same for all positions below `seen`, as a CUDA graph needs it.
+        """
+        if isinstance(self.start, int):
+            # Masked, but what is no number would come through a product with zero.
+            self.keys[:, :, self.start :] = 0
+            self.values[:, :, self.start :] = 0
+        self.start, self._seen = start, seen
 
 
 def norm(config: ModelConfig, w: Layer, role: str, x: Tensor) -> Tensor:
@@ -150,20 +174,28 @@ def head_norm(config: ModelConfig, weight: Tensor, x: Tensor) -> Tensor:
     return x * scale * weight.view(-1, 1, x.shape[-1])
 
 
-def score_bias(config: ModelConfig, shape: LayerShape, start: int, end: int, device: torch.device) -> Tensor | None:
-    """What is added to the scores of queries `start … end` on keys `0 … end`, `[heads or 1, queries, keys]`.
+def score_bias(
+    config: ModelConfig, shape: LayerShape, start: int | Tensor, queries: int, keys: int, device: torch.device
+) -> Tensor | None:
+    """What is added to the scores of queries from position `start` on, `[heads or 1, queries, keys]`.
 
-    None where the causal mask is all there is.
+    None where the queries are the last of the keys and the causal mask is all there is.
     """
-    windowed = shape.sliding_window is not None and shape.sliding_window < end
-    if not windowed and not config.alibi_slopes:
+    windowed = shape.sliding_window is not None and shape.sliding_window < keys
+    if isinstance(start, int) and not windowed and not config.alibi_slopes:
         return None
-    distance = torch.arange(start, end, device=device)[:, None] - torch.arange(end, device=device)
+    distance = (start + torch.arange(queries, device=device))[:, None] - torch.arange(keys, device=device)
     hidden = distance < 0
     if shape.sliding_window is not None:
         hidden |= distance >= shape.sliding_window
-    slopes = torch.tensor(config.alibi_slopes or (0.0,), device=device)
+    slopes = _slopes(config.alibi_slopes or (0.0,), device)
     return (-slopes[:, None, None] * distance).masked_fill(hidden, -math.inf)
+
+
+@lru_cache
+def _slopes(slopes: tuple[float, ...], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(slopes, device=device)
 
 
 def attention_inner(
@@ -176,7 +208,7 @@ def attention_inner(
 ) -> Tensor:
     """What the output projection of causal self-attention on normed `x` reads, `[B, T, heads · v_head_dim]`."""
     B, T, _ = x.shape
-    start, capacity = (0, T) if cache is None else (cache.length, cache.capacity)
+    start, capacity = (0, T) if cache is None else (cache.start, cache.capacity)
 
     def heads(name: str, count: int, size: int) -> Tensor:
         return _linear(w, name, x).view(B, T, count, size).transpose(1, 2)
@@ -190,21 +222,25 @@ def attention_inner(
         observe("q", q)
         observe("k", k)
         observe("v", v)
-    turn = rope(shape.frequencies, capacity, x.device).window(start, start + T)
+    turn = rope(shape.frequencies, capacity, x.device).window(start, T)
     q, k = turn(q).to(v.dtype), turn(k).to(v.dtype)
     if cache is not None:
         k, v = cache.append(k, v)
-    bias = score_bias(config, shape, start, start + T, x.device)
-    if bias is None and T == 1:
+    bias = score_bias(config, shape, start, T, k.shape[2], x.device)
+    bias = None if bias is None else bias.to(v.dtype)
+    if T == 1:
         # The queries that share a key head are as good as several positions, and no key is copied for them.
-        grouped = q.reshape(B, config.num_key_value_heads, config.queries_per_group, -1)
-        o = F.scaled_dot_product_attention(grouped, k, v).reshape(B, config.num_attention_heads, 1, -1)
+        groups, shared = config.num_key_value_heads, config.queries_per_group
+        grouped = q.reshape(B, groups, shared, -1)
+        if bias is not None and len(bias) > 1:
+            bias = bias.reshape(groups, shared, -1)
+        o = F.scaled_dot_product_attention(grouped, k, v, bias).reshape(B, config.num_attention_heads, 1, -1)
     else:
         o = F.scaled_dot_product_attention(
             q,
             k,
             v,
-            None if bias is None else bias.to(v.dtype),
+            bias,
             is_causal=bias is None,
             enable_gqa=config.queries_per_group > 1,
         )
@@ -269,11 +305,11 @@ def block(
     return y + norm(config, w, "mlp_post_norm", mlp(config, w, read, observe))
 
 
-def embed(model: Model, tokens: Tensor, start: int = 0) -> Tensor:
+def embed(model: Model, tokens: Tensor, start: int | Tensor = 0) -> Tensor:
     """Hidden states `[B, T, hidden]` of `tokens` `[B, T]` at positions from `start` on, where the embedding is kept."""
     x = F.embedding(tokens, model.embed).float() * model.config.embedding_scale
     positions = model.top.get("positions")
-    return x if positions is None else x + positions[start : start + tokens.shape[1]]
+    return x if positions is None else x + _window(positions, 0, start, tokens.shape[1])
 
 
 @torch.inference_mode()

@@ -195,12 +195,10 @@ class _Run:
 
     def _stream(self, config: ModelConfig, model: Model, tokens: Tensor) -> Stream:
         shape = *tokens.shape, config.hidden_size
-        # Both streams and what is made of them, beside a layer and what its moments and solvers need.
-        total = torch.cuda.get_device_properties(self.device).total_memory if self.device.type == "cuda" else 0
-        x = self.room.empty(*shape, spare=total // 3)
+        x = self.room.empty(*shape)
         for start in range(0, len(tokens), _EMBEDDED):
             x[start : start + _EMBEDDED] = embed(model, tokens[start : start + _EMBEDDED])
-        entry = self.room.empty(*shape, spare=total // 3) if config.parallel_residual else None
+        entry = self.room.empty(*shape) if config.parallel_residual else None
         return Stream(config, x, self.device, entry)
 
     def layer(self, i: int, shape: LayerShape, target: Dimensions, w: Layer) -> Finished:

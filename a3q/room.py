@@ -16,6 +16,9 @@ from a3q.errors import InputError
 _ROOMY = Path("/var/tmp")
 """Where large temporary files belong on Unix; `/tmp` is often in main memory itself."""
 
+_GPU_SPARE = 3
+"""Part of a GPU's memory that is left to a layer, its moments and its solvers."""
+
 
 class Room:
     """Hands out float32 tensors: on the GPU while it has ample room, in main memory while `budget` bytes last."""
@@ -30,14 +33,16 @@ class Room:
         """Bytes of the budget that are left."""
         return self._left
 
-    def empty(self, *shape: int, spare: int = 0) -> Tensor:
-        """Uninitialized tensor; `spare`: bytes that must be free on a GPU beside it.
+    def empty(self, *shape: int) -> Tensor:
+        """Uninitialized tensor.
 
         InputError where a file is needed and the disk is full.
         """
         size = 4 * prod(shape)
-        if self._device.type == "cuda" and size + spare < torch.cuda.mem_get_info(self._device)[0]:
-            return torch.empty(shape, device=self._device)
+        if self._device.type == "cuda":
+            free, total = torch.cuda.mem_get_info(self._device)
+            if size + total // _GPU_SPARE < free:
+                return torch.empty(shape, device=self._device)
         if size <= self._left:
             self._left -= size
             return torch.empty(shape)

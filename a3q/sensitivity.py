@@ -19,7 +19,7 @@ from a3q import ranks
 from a3q.ahead import fetched
 from a3q.allocate import Curve
 from a3q.batching import Batches
-from a3q.components import Method, ov_losses, qk_loss, reduce_mlp, reduce_ov, reduce_qk
+from a3q.components import Method, ov_losses, qk_losses, reduce_mlp, reduce_ov, reduce_qk
 from a3q.errors import InputError
 from a3q.families import Component
 from a3q.forward import block, compute_dtype, embed, lowered, norm, output_logits, run_layer, to_device
@@ -169,7 +169,7 @@ def _losses(
         return mlp_losses(moments.mlp.mean(), w["down"], grid, method.fitted)
     smaller = grid[:-1]
     if component == "QK":
-        return [*(qk_loss(config, shape, moments.attention, r, method) for r in smaller), 0.0]
+        return [*qk_losses(config, shape, moments.attention, smaller, method), 0.0]
     return [*ov_losses(config, w, moments.attention, smaller, method), 0.0]
 
 
@@ -205,7 +205,14 @@ def _divergences(
     `positions`: of all processes together; `components`: branches.
     """
     half = probe.shape[1] // 2
-    model = replace(model, top=to_device(model.top, device))
+    output = "output" if "output" in model.top else "embed"
+    # Weights are large and the bus is slow: only what is needed travels, in the type that it is kept in.
+    moved = {
+        role: weight.to(device).float()
+        for role, weight in model.top.items()
+        if role == output or role.startswith("final_norm")
+    }
+    model = replace(model, top={**model.top, **moved})
 
     def logits(x: Tensor, rows: slice) -> Tensor:
         hidden = norm(model.config, model.top, "final_norm", x[:, half:].flatten(0, 1)[rows].to(device))

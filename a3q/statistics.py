@@ -147,7 +147,7 @@ def attention_distances(config: ModelConfig, shape: LayerShape, q: Tensor, k: Te
     B, H, T, d = q.shape
     turn = rope(shape.frequencies, T, q.device)
     q, k = turn(q), turn(k).repeat_interleave(H // k.shape[1], dim=1)
-    bias = score_bias(config, shape, 0, T, q.device)
+    bias = score_bias(config, shape, 0, T, T, q.device)
     if bias is None:
         bias = torch.zeros(T, T, device=q.device).masked_fill_(
             torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1), -math.inf

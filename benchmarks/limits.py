@@ -7,8 +7,10 @@ too, but they are given back when others are needed: a command that maps a model
 on a machine with as little memory. `ulimit -v` counts mapped files and the address space that threads and CUDA reserve,
 and `ulimit -d` safetensors' private maps, none of which need memory.
 
-With `--gpu-memory`, `python -m benchmarks.limits` is what runs instead of `python -m a3q`: it tells PyTorch what share
-of the device's memory it may take, and does a3q's work in the same process.
+With `--gpu-memory`, `python -m benchmarks.limits` is what runs instead of `python -m a3q`, and does a3q's work in the
+same process on a device that seems to have that much memory: PyTorch refuses to allocate more, and what it tells of the
+device is its total, and as free what is left of it beside PyTorch's own memory. A smaller device's speed is not
+imitated, nor what CUDA itself takes of its memory, some hundred MB.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from a3q.settings import parse_size
 
@@ -208,6 +211,34 @@ def _gpu_memory() -> int | None:
         return None
 
 
+class _Smaller:
+    """Properties of a device, which cannot be changed, but for its memory."""
+
+    def __init__(self, properties: Any, size: int) -> None:
+        self._properties = properties
+        self.total_memory = min(size, properties.total_memory)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._properties, name)
+
+
+def _shrink_gpu(size: int) -> None:
+    """Let the device have `size` bytes for the rest of this process: a limit, and what PyTorch tells of its memory."""
+    import torch
+
+    properties, memory = torch.cuda.get_device_properties, torch.cuda.mem_get_info
+
+    def smaller_properties(device: Any = None) -> Any:
+        return _Smaller(properties(device), size)
+
+    def smaller_memory(device: Any = None) -> tuple[int, int]:
+        free, total = memory(device)
+        return max(0, min(free, size - torch.cuda.memory_reserved(device))), min(size, total)
+
+    torch.cuda.set_per_process_memory_fraction(min(1.0, size / properties(0).total_memory))
+    torch.cuda.get_device_properties, torch.cuda.mem_get_info = smaller_properties, smaller_memory
+
+
 def _with_gpu_memory(size: int, arguments: Sequence[str]) -> None:
     """a3q's command line in this process, on a device of `size` bytes."""
     import torch
@@ -215,8 +246,7 @@ def _with_gpu_memory(size: int, arguments: Sequence[str]) -> None:
     from a3q.cli import main as a3q_main
 
     if torch.cuda.is_available():
-        whole = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, size / whole))
+        _shrink_gpu(size)
     sys.argv = ["a3q", *arguments]
     a3q_main()
 

@@ -85,7 +85,7 @@ STAGES: list[Stage] = [
     Stage("distances", "a3q.statistics", "attention_distances"),
     Stage("even heads", "a3q.components", "even_heads"),
     Stage("solve QK", "a3q.components", "reduce_qk"),
-    Stage("solve QK", "a3q.components", "qk_loss"),
+    Stage("solve QK", "a3q.components", "qk_losses"),
     Stage("solve OV", "a3q.components", "reduce_ov"),
     Stage("solve OV", "a3q.components", "ov_losses"),
     Stage("solve MLP", "a3q.components", "reduce_mlp", select_flops),

@@ -106,6 +106,28 @@ def test_cached_decoding_equals_the_whole_pass(tmp_path: Path, name: str) -> Non
     torch.testing.assert_close(torch.cat(states, 1), hidden_states(model, ids, CPU), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", [*KINDS, "mistral-window", "phi3-partial", "mpt-six-heads"])
+def test_decoding_at_a_position_in_a_tensor_equals_the_whole_pass(tmp_path: Path, name: str) -> None:
+    """As a recorded graph decodes: the same operations for every position, looking at keys that are not there yet."""
+    model = open_huggingface(write_model(tmp_path / "m", **VARIANTS[name]))
+    ids, config, layers = tokens(3), model.config, list(model.layers)
+    caches = [KeyValueCache(config, shape, 3, LENGTH, CPU) for shape in config.layers]
+    for cache in caches:
+        cache.values.fill_(torch.nan)
+    position, states = torch.zeros(1, dtype=torch.int64), []
+    for i in range(LENGTH):
+        if i == 20:
+            for cache in caches:
+                cache.follow(position.fill_(i), LENGTH)
+        start = position if i >= 20 else i
+        x = embed(model, ids[:, i : i + 1], start)
+        for shape, w, cache in zip(config.layers, layers, caches, strict=True):
+            x = block(config, shape, w, x, cache)
+        states.append(norm(config, model.top, "final_norm", x))
+        position += 1
+    torch.testing.assert_close(torch.cat(states, 1), hidden_states(model, ids, CPU), rtol=1e-4, atol=1e-4)
+
+
 def test_windows(folders: dict[Kind, Path], tmp_path: Path) -> None:
     gemma = open_huggingface(folders["gemma3"]).config
     assert [shape.sliding_window for shape in gemma.layers] == [12, None, 12]

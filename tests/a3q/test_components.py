@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from a3q import components
-from a3q.components import Method, ov_losses, qk_loss, reduce_mlp, reduce_ov, reduce_qk, spread_norms
+from a3q import components, ranks
+from a3q.components import Method, ov_losses, qk_losses, reduce_mlp, reduce_ov, reduce_qk, spread_norms
 from a3q.forward import attention, embed, mlp, norm
 from a3q.model import Layer, LayerShape, Model, ModelConfig
 from a3q.solve.qk import pair_energy, select_frequencies, select_pairs
@@ -140,13 +140,32 @@ def test_all_units_leave_the_mlp_as_it_was(bench: Bench, name: str) -> None:
 @pytest.mark.parametrize("r", [4, 12])
 def test_losses_are_told_without_the_step(bench: Bench, method: Method, r: int) -> None:
     *_, loss = bench.reduce_qk(r, method)
-    assert qk_loss(bench.config, bench.shape, bench.statistics, r, method) == loss
+    assert qk_losses(bench.config, bench.shape, bench.statistics, [r], method) == [loss]
     assert 0 < loss < 1
     before = dict(bench.w)
     (told,) = ov_losses(bench.config, before, bench.statistics, [r], method)
     assert all(before[role] is bench.w[role] for role in before)
     assert reduce_ov(bench.config, before, bench.statistics, r, method) == told
     assert 0 < told < 1
+
+
+@ALL_METHODS
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_share_out_the_sizes(
+    bench: Bench, method: Method, processes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each solves for its own to the last bit, larger and smaller ones, and where there are too few, for none."""
+    sizes = [6, 8, 12]
+    known = bench.config, bench.shape, bench.statistics, sizes, method
+    whole = qk_losses(*known)
+    assert whole == [loss for r in sizes for loss in qk_losses(*known[:3], [r], method)]
+    for name in ("same_object", "agreed"):
+        monkeypatch.setattr(ranks, name, lambda decided: decided)
+    monkeypatch.setattr(ranks, "add_up", lambda *_: None)
+    monkeypatch.setattr(ranks, "count", lambda: processes)
+    for rank in range(processes):
+        monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
+        assert qk_losses(*known) == [loss if i % processes == rank else 0 for i, loss in enumerate(whole)]
 
 
 @ALL_METHODS
@@ -349,8 +368,9 @@ def test_fitted_losses_are_no_larger_than_the_papers(bench: Bench) -> None:
             ov_losses(bench.config, bench.w, bench.statistics, [r], Method(name)) for name in ("a3q", "paper")
         )
         assert ours <= papers * (1 + 1e-6)
-        ours, papers = (
-            qk_loss(bench.config, bench.shape, bench.statistics, r, Method(name, "shared")) for name in ("a3q", "paper")
+        (ours,), (papers,) = (
+            qk_losses(bench.config, bench.shape, bench.statistics, [r], Method(name, "shared"))
+            for name in ("a3q", "paper")
         )
         assert ours <= papers * (1 + 1e-6)
 
@@ -392,7 +412,7 @@ def test_more_sweeps_only_help(bench: Bench, method: Method, monkeypatch: pytest
     losses = []
     for sweeps in (1, 4, 12):
         monkeypatch.setattr(components, "SWEEPS", sweeps)
-        losses.append(qk_loss(bench.config, bench.shape, bench.statistics, 8, method))
+        losses += qk_losses(bench.config, bench.shape, bench.statistics, [8], method)
     assert losses[0] * (1 + 1e-9) >= losses[1] and losses[1] * (1 + 1e-9) >= losses[2]
     if not method.fitted or not bench.shape.pairs or bench.config.qk_norm:
         assert losses[0] == losses[2]

@@ -1,8 +1,12 @@
-"""What a GPU computes in bfloat16 against the CPU's float32; skipped where there is none."""
+"""What a GPU computes in bfloat16 against the CPU's float32, and what becomes of its memory; skipped without one."""
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,10 +16,12 @@ from a3q.forward import compute_dtype, hidden_states, output_logits
 from a3q.model import Model
 from a3q.perplexity import compare
 from a3q.quantize import Quantization
-from a3q.reduce import reduce
+from a3q.reduce import Reduction, _Run, reduce
 from a3q.reduce_layer import Dimensions
+from a3q.room import Room
 from a3q.sampling import sample
 from a3q.solve.grid import GRIDS
+from a3q.store import LayerStore
 from converters.hf_reader import open_huggingface
 from tests.pico import write_model
 
@@ -60,3 +66,70 @@ def test_text_is_written_in_the_type_that_is_fast(tmp_path: Path) -> None:
     logits = output_logits(model, hidden_states(model, text, CPU), CPU)
     agreed = (logits.argmax(-1)[:, :-1] == text[:, 1:]).float().mean()
     assert agreed > 0.9
+
+
+@contextmanager
+def gpu_memory(size: int) -> Iterator[None]:
+    """At most `size` bytes of the GPU for this process."""
+    gc.collect()
+    # What the allocator keeps for later counts as well.
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(size / torch.cuda.get_device_properties("cuda").total_memory)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+@needs_gpu
+def test_smaller_batches_where_memory_runs_out(tmp_path: Path) -> None:
+    """Of 400 MB that this reduction takes, most are activations of the one batch that it begins with.
+
+    A token takes 6 KB in the MLP, of 1024 units in bfloat16 three times, and 1 KB of what is kept of all sequences; a
+    moment of the units takes 4 MB, the solvers several times that.
+    """
+    device = torch.device("cuda")
+    model = open_huggingface(write_model(tmp_path / "m", "llama", intermediate_size=1024))
+    shape = model.config.layers[0]
+    tokens = torch.randint(model.config.vocab_size, (400 + 8, 128), generator=torch.Generator().manual_seed(0))
+    sizes = [Dimensions(shape.qk_head_dim, shape.v_head_dim, 768)] * 2
+
+    def run() -> Reduction:
+        return reduce(model, tokens[:400], sizes, device, 1 << 30)
+
+    # Once before, so that what CUDA's libraries take and keep is there.
+    run()
+    torch.cuda.reset_peak_memory_stats()
+    whole = run()
+    assert whole.notes == ()
+    peak = torch.cuda.max_memory_allocated()
+    for share in (0.9, 0.8, 0.7, 0.6):
+        # Less than was in use at a time, so that giving back what is not in use cannot be enough.
+        with gpu_memory(int(share * peak)):
+            limited = run()
+        if limited.notes:
+            break
+    assert [note.partition(":")[0] for note in limited.notes] == ["memory ran out on cuda"]
+    costs = [kl(model, found.model, tokens[400:]) for found in (whole, limited)]
+    # Smaller batches only change the order of sums: 1e-5 on a CPU.
+    assert costs[1] == pytest.approx(costs[0], rel=0.01)
+
+
+def test_memory_is_left_for_the_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a third of a GPU free, all that is kept of all sequences goes to main memory; this needs no GPU."""
+    device, total = torch.device("cuda"), 3 << 30
+    card = SimpleNamespace(total_memory=total, major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (total // 3, total))
+    model = open_huggingface(write_model(tmp_path / "m", "gpt_neox"))
+    run = _Run(model, model.config, Method(), None, device, Room(1 << 30, device), False)
+    run.begin(torch.zeros(4, 16, dtype=torch.int64), LayerStore(1 << 30))
+    streams = run._streams
+    assert streams is not None
+    kept = [streams.outputs, streams.attended]
+    for stream in (streams.reference, streams.reduced):
+        assert stream.entry is not None
+        kept += [stream.x, stream.entry]
+    assert all(tensor.device == CPU for tensor in kept)

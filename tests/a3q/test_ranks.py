@@ -17,7 +17,7 @@ from a3q.components import Method
 from a3q.quantize import Encoder, LayerRounding, Quantization
 from a3q.reduce import Reduction, reduce
 from a3q.reduce_layer import Dimensions
-from a3q.sensitivity import measure
+from a3q.sensitivity import Sizes, measure
 from a3q.solve.grid import GRIDS
 from a3q.statistics import Moment
 from converters import ggml_encode
@@ -136,13 +136,15 @@ def known(reduction: Reduction) -> Found:
 
 
 def weighed(folder: Path) -> Found:
-    """Sensitivities, with one probe."""
+    """Sensitivities, with one probe; QK of more sizes than there are processes, of fewer, and of none but the last."""
     tokens = torch.randint(VOCAB, (2, 256), generator=torch.Generator().manual_seed(0))
-    sizes = [{"QK": [8, 12, 16], "OV": [8, 12, 16], "MLP": [48, 72, 96]}] * 2
-    return {
-        kind: measure(open_huggingface(folder / kind), tokens, tokens[:1], sizes, 0.25, CPU, Method())
-        for kind in ("llama", "opt")
-    }
+    grids = {"llama": ([4, 6, 8, 12, 16], [12, 16]), "opt": ([8, 12, 16], [16]), "qwen3": ([4, 6, 8, 12, 16], [12, 16])}
+    found: Found = {}
+    for kind, of_layers in grids.items():
+        sizes: list[Sizes] = [{"QK": grid, "OV": [8, 12, 16], "MLP": [48, 72, 96]} for grid in of_layers]
+        model = open_huggingface(folder / kind)
+        found[kind] = measure(model, tokens, tokens[:1], sizes, 0.25, CPU, Method())
+    return found
 
 
 def in_two_passes(folder: Path) -> Found:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from a3q import batching, perplexity
+from a3q import batching, perplexity, sensitivity
 from a3q.components import Method, reduce_mlp, reduce_ov, reduce_qk, spread_norms
 from a3q.families import Component
 from a3q.forward import attention, block, embed, hidden_states, mlp, norm, output_logits
@@ -161,6 +161,31 @@ def test_pieces_change_nothing(models: dict[str, Model], kind: Kind, monkeypatch
             assert other[component].losses == pytest.approx(one[component].losses, rel=1e-2, abs=1e-6)
     for layer, copy in zip(model.layers, before, strict=True):
         assert all(torch.equal(layer[role], copy[role]) for role in copy)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_weights_outside_the_layers_stay_in_their_type(
+    tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All but what the logits need, which is as good as if it had been float32 before."""
+    model = open_huggingface(write_model(tmp_path / "m", "llama", tied=tied))
+    half = {role: weight.half() if weight.dim() == 2 else weight for role, weight in model.top.items()}
+    exact = {role: weight.float() for role, weight in half.items()}
+    heads: list[Model] = []
+
+    def spy(head: Model, hidden: Tensor, device: torch.device) -> Tensor:
+        heads.append(head)
+        return output_logits(head, hidden, device)
+
+    monkeypatch.setattr(sensitivity, "output_logits", spy)
+    sizes = sizes_of(model)[:2]
+    kept, turned = (
+        measure(dataclasses.replace(model, top=top), TOKENS, PROBES, sizes, 0.25, CPU, METHODS["a3q-own"])
+        for top in (half, exact)
+    )
+    assert kept == turned
+    assert heads[0].output.dtype == torch.float32
+    assert tied or heads[0].embed is half["embed"]
 
 
 def test_a_curve_goes_through_the_probed_divergence() -> None:

@@ -7,6 +7,7 @@ import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -215,6 +216,40 @@ def test_limited_command(tmp_path: Path) -> None:
     assert limited.code != 0
     assert limited.out_of_memory
     assert run_watched([sys.executable, "-c", script], tmp_path / "log", 600 << 20).code == 0
+
+
+def test_a_smaller_gpu_is_imitated(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, GB = 80 << 30, 1 << 30
+    taken = {"by PyTorch": 0, "by others": 0}
+    fractions: list[float] = []
+    told: list[tuple[int, int]] = []
+
+    def look() -> None:
+        assert sys.argv == ["a3q", "convert", "model", "--ratio", "0"]
+        properties = torch.cuda.get_device_properties("cuda:0")
+        assert (properties.name, properties.total_memory) == ("a card", torch.cuda.mem_get_info()[1])
+        for own, others in ((0, 0), (15, 0), (25, 0), (1, 70)):
+            taken.update({"by PyTorch": own * GB, "by others": others * GB})
+            told.append(torch.cuda.mem_get_info("cuda:0"))
+
+    card = SimpleNamespace(name="a card", total_memory=whole)
+    fakes: dict[str, Any] = {
+        "is_available": lambda: True,
+        "get_device_properties": lambda _=None: card,
+        "mem_get_info": lambda _=None: (whole - sum(taken.values()), whole),
+        "memory_reserved": lambda _=None: taken["by PyTorch"],
+        "set_per_process_memory_fraction": fractions.append,
+    }
+    monkeypatch.setattr("a3q.cli.main", look)
+    for size in ("20GiB", "100GiB"):
+        taken.update(dict.fromkeys(taken, 0))
+        for name, fake in fakes.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+        monkeypatch.setattr(sys, "argv", ["limits", "--gpu-memory", size, "convert", "model", "--ratio", "0"])
+        limits.main()
+    assert fractions == [0.25, 1.0]
+    assert told[:4] == [(free * GB, 20 * GB) for free in (20, 5, 0, 9)]
+    assert told[4:] == [(free * GB, whole) for free in (80, 65, 55, 9)]
 
 
 def test_command(
