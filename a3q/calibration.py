@@ -21,7 +21,7 @@ from a3q.errors import InputError
 from a3q.forward import compute_dtype
 from a3q.model import Model, Tokenizer, free_memory
 from a3q.perplexity import read_text
-from a3q.sampling import sample
+from a3q.sampling import Following, sample
 from converters.chat_template import compile_template
 
 SELF = "self"
@@ -37,6 +37,8 @@ CACHE_BYTES = 3 << 29
 """Key/value cache of the sequences that a model writes side by side on a CPU."""
 _LOGIT_BYTES = 24
 """For each entry of the vocabulary and sequence on a GPU: logits, probabilities and their sums."""
+_READ_BYTES = 24
+"""For each dimension of a layer, inside and out, and token of a prompt on a GPU; more than a layer's tensors take."""
 
 _WHOLE_FILE = 4 << 20
 """Bytes of a file that is always tokenized whole; a larger one only if it has few bytes for the tokens wanted."""
@@ -118,39 +120,64 @@ def self_text(
     model: Model, count: int, length: int, seed: int, device: torch.device, on_tokens: OnTokens = lambda _: None
 ) -> Tensor:
     """Text that the model writes after a first token drawn uniformly from the normal ones: int64 `[count, length]`."""
-    free = _room(model, device)
+    writer = Writer(model, length, device, on_tokens)
+    # The drawn tokens must not decide what is drawn next, so sampling has seeds of its own.
+    return torch.cat(list(writer.batches(first_tokens(model, count, seed), seed + 1)))
+
+
+def first_tokens(model: Model, count: int, seed: int) -> Tensor:
+    """Beginnings of texts, `[count, 1 or 2]`: BOS if the tokenizer adds it, and a token drawn from the normal ones."""
     tokenizer = model.tokenizer
     types = tokenizer.metadata.get("tokenizer.ggml.token_type")
     kinds = [_NORMAL] * tokenizer.vocab_size if types is None else types.value
     normal = torch.tensor([i for i, kind in enumerate(kinds[: model.config.vocab_size]) if kind == _NORMAL])
     generator = torch.Generator().manual_seed(seed)
-    prompts = normal[torch.randint(len(normal), (count, 1), generator=generator)]
+    tokens = normal[torch.randint(len(normal), (count, 1), generator=generator)]
     if tokenizer.add_bos and tokenizer.bos_id is not None:
-        prompts = torch.cat([torch.full_like(prompts, tokenizer.bos_id), prompts], dim=1)
-    batch = _side_by_side(model, length, free, device)
-    parts = [
-        sample(
-            model,
-            prompts[start : start + batch],
-            length,
-            temperature=1.0,
-            top_p=1.0,
-            # The drawn tokens must not decide what is drawn next, so sampling has seeds of its own.
-            seed=seed + 1 + start,
-            device=device,
-            on_tokens=on_tokens,
-        )
-        for start in range(0, count, batch)
-    ]
-    return torch.cat(parts)
+        tokens = torch.cat([torch.full_like(tokens, tokenizer.bos_id), tokens], dim=1)
+    return tokens
 
 
-def _side_by_side(model: Model, length: int, free: int, device: torch.device) -> int:
-    """Sequences that are written at the same time: the more the faster, as far as their caches and logits go in."""
-    if device.type != "cuda":
-        return max(1, CACHE_BYTES // int(length * model.config.kv_bytes_per_token(4)))
-    cache = int(length * model.config.kv_bytes_per_token(compute_dtype(device, model.config.hidden_size).itemsize))
-    return max(1, free // 4 * 3 // (cache + _LOGIT_BYTES * model.config.vocab_size))
+class Writer:
+    """A model that writes texts of `length` tokens, as many side by side as memory allows.
+
+    InputError where the model does not go into memory.
+    """
+
+    def __init__(self, model: Model, length: int, device: torch.device, on_tokens: OnTokens = lambda _: None) -> None:
+        self._model, self._length, self._device, self._on_tokens = model, length, device, on_tokens
+        self._free = _room(model, device)
+
+    def batches(
+        self, prompts: Tensor, seed: int, following: Following | None = None, most: int | None = None
+    ) -> Iterator[Tensor]:
+        """Texts that begin with the rows of `prompts` `[count, P]`, `most` at a time: int64 `[b, length]` (CPU).
+
+        As many seeds are used up as there are prompts.
+        """
+        batch = min(self._side_by_side(prompts.shape[1]), most or len(prompts))
+        for start in range(0, len(prompts), batch):
+            yield sample(
+                self._model,
+                prompts[start : start + batch],
+                self._length,
+                temperature=1.0,
+                top_p=1.0,
+                seed=seed + start,
+                device=self._device,
+                on_tokens=self._on_tokens,
+                following=following,
+            )
+
+    def _side_by_side(self, prompt: int) -> int:
+        """Sequences that are written at the same time: the more the faster, as far as their caches, their logits and
+        the reading of `prompt` tokens go in."""
+        config, device, length = self._model.config, self._device, self._length
+        if device.type != "cuda":
+            return max(1, CACHE_BYTES // int(length * config.kv_bytes_per_token(4)))
+        cache = int(length * config.kv_bytes_per_token(compute_dtype(device, config.hidden_size).itemsize))
+        read = prompt * _READ_BYTES * (config.hidden_size + config.widest.intermediate_size)
+        return max(1, self._free // 4 * 3 // (cache + read + _LOGIT_BYTES * config.vocab_size))
 
 
 def _room(model: Model, device: torch.device) -> int:
@@ -159,7 +186,12 @@ def _room(model: Model, device: torch.device) -> int:
     outside = sum(weight.numel() for weight in model.top.values())
     layers = model.parameters() - outside
     needed = 4 * outside + compute_dtype(device, model.config.hidden_size).itemsize * layers
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
+    if device.type == "cuda":
+        # What earlier stages have given back, and PyTorch keeps, counts as taken.
+        torch.cuda.empty_cache()
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        free = free_memory()
     if needed > free:
         raise InputError(
             f"--calib {SELF}: the model needs {needed / 1e9:.1f} GB of memory on {device} to write text itself and "

@@ -66,6 +66,18 @@ _Ranks = Annotated[
     typer.Option(help="mixed (default): layers and components shrink by how little they matter; uniform: all alike."),
 ]
 _Method = Annotated[str, typer.Option(help="a3q, or paper: A3 as published, all layers alike, for comparison.")]
+_Heal = Annotated[
+    str,
+    typer.Option(help="Train the reduced model to act as the original: blocks (each layer), full (end to end), both."),
+]
+_HealTokens = Annotated[int | None, typer.Option(help="Tokens to train on, of each layer or end to end.")]
+_HealMinutes = Annotated[
+    float | None, typer.Option(help="Minutes of healing, at most; end to end 15 where no tokens are told.")
+]
+_HealQuant = Annotated[
+    bool,
+    typer.Option("--heal-quant", help="At the end, train with the rounding of --quant in the loop."),
+]
 _Calib = Annotated[
     list[str] | None,
     typer.Option(help="Calibration text: 'self' (default), a .txt or .jsonl file, or a data set; may be repeated."),
@@ -137,6 +149,10 @@ def convert(
     plan: Annotated[Path | None, typer.Option(help="Do what a plan says, written by a3q plan -o.")] = None,
     ranks: _Ranks = None,
     method: _Method = "a3q",
+    heal: _Heal = "none",
+    heal_tokens: _HealTokens = None,
+    heal_minutes: _HealMinutes = None,
+    heal_quant: _HealQuant = False,
     calib: _Calib = None,
     calib_tokens: _CalibTokens = None,
     seed: _Seed = 0,
@@ -181,6 +197,10 @@ def convert(
             plan=plan,
             ranks=ranks,
             method=method,
+            heal=heal,
+            heal_tokens=heal_tokens,
+            heal_minutes=heal_minutes,
+            heal_quant=heal_quant,
             calib=calib or ["self"],
             calib_tokens=calib_tokens,
             seed=seed,
@@ -286,6 +306,10 @@ def reduce(
         str,
         typer.Option(help="per_head: each key head its own RoPE frequencies; shared: one list, for a GGUF."),
     ] = "per_head",
+    heal: _Heal = "none",
+    heal_tokens: _HealTokens = None,
+    heal_minutes: _HealMinutes = None,
+    heal_quant: _HealQuant = False,
     calib: _Calib = None,
     calib_tokens: _CalibTokens = None,
     seed: _Seed = 0,
@@ -319,6 +343,10 @@ def reduce(
             ranks=ranks,
             method=method,
             frequencies=frequencies,
+            heal=heal,
+            heal_tokens=heal_tokens,
+            heal_minutes=heal_minutes,
+            heal_quant=heal_quant,
             calib=calib or ["self"],
             calib_tokens=calib_tokens,
             seed=seed,

@@ -68,8 +68,19 @@ def lowered(w: Layer, dtype: torch.dtype) -> Layer:
     return {role: weight.to(dtype).contiguous() if weight.dim() == 2 else weight for role, weight in w.items()}
 
 
+class AdaptedLayer(dict[str, Tensor]):
+    """A `Layer` in which some products are not by the weight alone."""
+
+    def __init__(self, weights: Layer, products: Mapping[str, Callable[[Tensor], Tensor]]) -> None:
+        """`products`: by the weight's role, what takes the place of multiplying by it and adding its bias."""
+        super().__init__(weights)
+        self.products = products
+
+
 def _linear(w: Layer, name: str, x: Tensor) -> Tensor:
     weight, bias = w[name], w.get(f"{name}_bias")
+    if isinstance(w, AdaptedLayer) and name in w.products:
+        return w.products[name](x.to(weight.dtype))
     return F.linear(x.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype))
 
 

@@ -22,6 +22,9 @@ from a3q.choosing import Choice, choose
 from a3q.components import Method
 from a3q.dimensions import Grid, Plan, settle, unreduced
 from a3q.errors import InputError
+from a3q.heal.blocks import BlockLimit
+from a3q.heal.settings import BLOCK_PASSES, Healing
+from a3q.heal.stage import Healed, HealJob, heal, heal_rounded, healing_text
 from a3q.model import Model, ModelConfig, Source, free_memory, pick_device
 from a3q.progress import Advance, Stages, for_each
 from a3q.quantize import Quantization
@@ -64,6 +67,8 @@ class Reduced(Settled):
 
     reduction: Reduction
     notes: tuple[str, ...]
+    healed: tuple[Healed, ...] = ()
+    """What each phase of healing the whole model did."""
 
     @property
     def model(self) -> Model:
@@ -165,6 +170,8 @@ def run(
     calibration = prepared.calibration if needed else None
     budget = settings.memory_budget if settings.memory_budget is not None else free_memory() // 2
     budget //= ranks.neighbours()
+    if settings.healing.any and not request.groups():
+        raise InputError("--heal: nothing is reduced, so there is nothing to heal; give --ratio or leave --heal out")
     plan = unreduced(original.family, original.config, request)
     tried: tuple[tuple[Plan, float], ...] = ()
     quantization, known = None, None
@@ -176,31 +183,44 @@ def run(
     settled = Settled(original, plan, method, tried, prepared.calibration, prepared.digests)
     if rounding is not None:
         quantization = rounding(settled.config if known is not None else original.config, known)
+    if settings.healing.quant and quantization is None:
+        raise InputError("--heal-quant: no weight is rounded to a grid that a3q trains on; leave it out")
     on_finished = None if writer is None else ranks.alone(partial(writer, settled))
+    healed: tuple[Healed, ...] = ()
     if known is not None:
-        reduction = _carry_out(settled, quantization, known, budget, work, on_finished)
+        reduction, healed = _carry_out(settled, settings, quantization, known, budget, work, on_finished)
         notes += [*_shortfall(plan), *_advice(original, reduction.model, plan, known.calibration), *reduction.notes]
     else:
         reduction = Reduction(original, [])
     ranks.meet()
-    return Reduced(**vars(settled), reduction=reduction, notes=tuple(notes))
+    return Reduced(**vars(settled), reduction=reduction, notes=tuple(notes), healed=healed)
 
 
 def _carry_out(
     settled: Settled,
+    settings: Settings,
     quantization: Quantization | None,
     known: Calibrated,
     budget: int,
     work: WorkFolder | None,
     on_finished: OnFinished | None,
-) -> Reduction:
-    """Reduce and round in one pass over the layers; after the paper's method, which fits nothing, in two."""
-    model, plan, method = settled.original, settled.plan, settled.method
+) -> tuple[Reduction, tuple[Healed, ...]]:
+    """Reduce and round in one pass over the layers; after the paper's method, which fits nothing, and after healing in
+    two."""
+    model, plan, method, healing = settled.original, settled.plan, settled.method, settings.healing
     shrinks, mlp_stays = bool(plan.request.groups()), plan.request.cache_only
     if not shrinks and quantization is None:
-        return Reduction(model, [])
+        return Reduction(model, []), ()
 
-    def one_pass(title: str, model: Model, dimensions: Sequence[Dimensions], method: Method, last: bool) -> Reduction:
+    def one_pass(
+        title: str,
+        model: Model,
+        dimensions: Sequence[Dimensions],
+        method: Method,
+        last: bool,
+        rounding: Quantization | None = None,
+        limit: BlockLimit | None = None,
+    ) -> Reduction:
         with known.stages(title, model.config.num_hidden_layers) as advance:
             return reduce(
                 model,
@@ -210,24 +230,62 @@ def _carry_out(
                 budget,
                 method,
                 for_each(advance),
-                quantization if last else None,
+                rounding,
                 mlp_stays,
+                limit,
+                settings.seed,
                 folder=None if work is None else work.layers(title.replace(" ", "-")),
                 on_finished=on_finished if last and on_finished is not None else lambda i, finished: None,
                 for_all=not last,
             )
 
     fitted = replace(method, name="a3q")
-    if quantization is None:
-        return one_pass("reduce", model, plan.dimensions, method, True)
-    if not shrinks:
-        return one_pass("quantize", model, plan.dimensions, fitted, True)
-    if method.fitted:
-        return one_pass("reduce and quantize", model, plan.dimensions, fitted, True)
-    first = one_pass("reduce", model, plan.dimensions, method, False)
-    same = [Dimensions.of(shape) for shape in first.model.config.layers]
-    found = one_pass("quantize", first.model, same, fitted, True)
-    return replace(found, losses=first.losses, notes=(*first.notes, *found.notes))
+    if not healing.any:
+        if quantization is None:
+            return one_pass("reduce", model, plan.dimensions, method, True), ()
+        if not shrinks:
+            return one_pass("quantize", model, plan.dimensions, fitted, True, quantization), ()
+        if method.fitted:
+            return one_pass("reduce and quantize", model, plan.dimensions, fitted, True, quantization), ()
+    limit = _block_limit(healing, known, model) if healing.blocks else None
+    title = "reduce and heal" if healing.blocks else "reduce"
+    first = one_pass(title, model, plan.dimensions, method, False, None, limit)
+    job = HealJob(
+        original=model,
+        healing=healing,
+        sources=settings.calib,
+        length=known.calibration.tokens.shape[1],
+        seed=settings.seed,
+        device=known.device,
+        budget=budget,
+        stages=known.stages,
+        work=work,
+        held_out=known.calibration.held_out,
+        attention_only=mlp_stays,
+    )
+    text = healing_text(job) if healing.full or healing.quant else None
+    healed: list[Healed] = []
+    if healing.full and text is not None:
+        first, one = heal(job, first, text)
+        healed.append(one)
+    found = first
+    if quantization is not None:
+        same = [Dimensions.of(shape) for shape in first.model.config.layers]
+        found = one_pass("quantize", first.model, same, fitted, not healing.quant, quantization)
+        found = replace(found, losses=first.losses, notes=(*first.notes, *found.notes))
+    if healing.quant and text is not None:
+        found, one = heal_rounded(job, found, text)
+        healed.append(one)
+    if on_finished is not None and (quantization is None or healing.quant):
+        assert found.layers is not None
+        for i in range(len(found.layers)):
+            on_finished(i, found.layers.finished(i))
+    return found, tuple(healed)
+
+
+def _block_limit(healing: Healing, known: Calibrated, model: Model) -> BlockLimit:
+    tokens = healing.tokens or BLOCK_PASSES * known.calibration.tokens.numel()
+    return BlockLimit(tokens, healing.block_seconds(model.config.num_hidden_layers))
 
 
 def timed(stages: Stages, seconds: dict[str, float]) -> Stages:

@@ -15,6 +15,8 @@ from functools import wraps
 from html import escape
 from typing import TYPE_CHECKING, Any, ParamSpec
 
+from a3q.units import count
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -229,6 +231,87 @@ def kept_frequencies(shares: Sequence[Sequence[float]], layers: Sequence[str]) -
         bar = figure.colorbar(mesh, ax=axes, format=PercentFormatter(1.0), pad=0.02)
         bar.set_label("heads that keep it")
     return figure
+
+
+# Healing
+
+
+@dataclass(frozen=True)
+class Training:
+    """One phase of healing the whole model."""
+
+    label: str
+    tokens: Sequence[int]
+    """Trained on at each point of the curve."""
+    losses: Sequence[float]
+    """KL to the original (nats) in training."""
+    total: int
+    """Tokens in all."""
+    before: float
+    """The same on text that was not trained on."""
+    after: float
+
+
+@_styled
+def healing_curve(phases: Sequence[Training]) -> Figure:
+    """KL to the original over the tokens trained on, one phase after the other; what is not finite is left out."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    figure, axes = _figure()
+    done, held, values = 0, list[tuple[float, float]](), list[float]()
+    for phase, colour in zip(phases, _CYCLE, strict=False):
+        axes.plot(
+            [done + tokens for tokens in phase.tokens],
+            phase.losses,
+            color=colour,
+            marker=".",
+            markersize=3.5,
+            linewidth=1.6,
+            label=phase.label,
+        )
+        held += [(done, phase.before), (done + phase.total, phase.after)]
+        values += phase.losses
+        done += phase.total
+    held = [pair for pair in held if math.isfinite(pair[1])]
+    label = "text not trained on"
+    axes.plot(*zip(*held, strict=True), color=_INK, marker="D", markersize=5.5, linestyle="none", label=label)
+    _logarithmic_if_far_apart(axes, [*values, *(value for _, value in held)], 4)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda tokens, _: count(tokens)))
+    axes.set_xlabel("tokens trained on")
+    axes.set_ylabel("KL to the original, nats")
+    axes.grid(True)
+    _legend_above(axes, 2)
+    return figure
+
+
+@_styled
+def distances_per_layer(before: Sequence[float | None], after: Sequence[float | None]) -> Figure:
+    """Relative distance of each layer's output to what it should be; None: the layer was not trained."""
+    from matplotlib.ticker import FuncFormatter
+
+    figure, axes = _figure()
+    for values, colour, marker, label in ((before, _BEFORE, "o", "reduced"), (after, _CYCLE[0], "D", "healed")):
+        shown = [math.nan if value is None else value for value in values]
+        axes.plot(shown, color=colour, marker=marker, markersize=4.5, linewidth=1.6, label=label)
+    _logarithmic_if_far_apart(axes, [value for value in (*before, *after) if value is not None], 8)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.2g} %"))
+    axes.set_xlabel("layer")
+    axes.set_ylabel("relative distance")
+    axes.grid(True, axis="y")
+    _whole_layers(axes.xaxis)
+    _legend_above(axes, 2)
+    return figure
+
+
+def _logarithmic_if_far_apart(axes: Axes, values: Sequence[float], times: float) -> None:
+    """Where the greatest of positive `values` is more than so many times the least."""
+    finite = [value for value in values if math.isfinite(value)]
+    if finite and 0 < times * min(finite) < max(finite):
+        axes.set_yscale("log")
+        _plain_numbers(axes.yaxis)
+    else:
+        axes.set_ylim(bottom=0)
 
 
 # Size, quality, memory

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from a3q.dimensions import Plan
 from a3q.families import COMPONENTS
+from a3q.heal.settings import Healing
 from a3q.pipeline import Settled
 from a3q.settings import Settings
 
@@ -34,14 +36,27 @@ def provenance(reduced: Settled, settings: Settings, version: str) -> dict[str, 
         "calibration.tokens": reduced.calibration.tokens.numel(),
         "calibration.seed": settings.seed,
     }
+    return facts | _healing_facts(reduced.calibration.source, settings.healing)
+
+
+def _healing_facts(source: str, healing: Healing) -> dict[str, object]:
+    """How the model was to be healed, on text of `source`; what came of it is known when this is long written."""
+    if not healing.any:
+        return {}
+    facts: dict[str, object] = {"heal.mode": healing.mode, "heal.source": source}
+    if healing.tokens is not None:
+        facts["heal.tokens"] = healing.tokens
+    if healing.minutes is not None:
+        facts["heal.minutes"] = float(healing.minutes)
     return facts
 
 
 def rounding_facts(reduced: Settled, settings: Settings) -> dict[str, object]:
-    """What a written model says about the text that its rounding was calibrated on."""
+    """What a written model says about the text that its rounding was calibrated on, and whether it was trained."""
     if reduced.calibration is None:
         return {}
-    return {
+    healed: dict[str, object] = {"heal.quant": settings.healing.quant} if settings.healing.any else {}
+    return healed | {
         "quantizer.calibration.source": reduced.calibration.source,
         "quantizer.calibration.tokens": reduced.calibration.tokens.numel(),
         "quantizer.calibration.seed": settings.seed,
@@ -50,7 +65,12 @@ def rounding_facts(reduced: Settled, settings: Settings) -> dict[str, object]:
 
 def is_about_rounding(key: str) -> bool:
     """Whether a key of provenance, without its prefix, is about how the weights of one file were rounded."""
-    return key.partition(".")[0] in ("quantization", "quantizer", "bits", "group_size")
+    return key.partition(".")[0] in ("quantization", "quantizer", "bits", "group_size") or key == "heal.quant"
+
+
+def is_outdated(key: str, plan: Plan) -> bool:
+    """Whether a key of a source's provenance is about weights that are others after `plan`."""
+    return is_about_rounding(key) or (plan.asked > 0 and key.startswith("heal."))
 
 
 def _per_layer(sizes: list[int]) -> int | list[int]:

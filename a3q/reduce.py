@@ -16,8 +16,9 @@ from a3q.ahead import behind, fetched
 from a3q.batching import Batches, out_of_memory
 from a3q.components import Method, spread_norms
 from a3q.errors import InputError
-from a3q.fit import InputMoments
-from a3q.forward import compute_dtype, embed, lowered, norm, to_device
+from a3q.fit import CORRECTION, InputMoments
+from a3q.forward import block, compute_dtype, embed, lowered, norm, to_device
+from a3q.heal.blocks import BlockLimit, heal_block
 from a3q.model import Layer, LayerShape, Model, ModelConfig
 from a3q.quantize import LayerRounding, Quantization
 from a3q.reduce_layer import Dimensions, Streams, pass_on, reduce_fitted, reduce_plainly
@@ -74,6 +75,8 @@ def reduce(
     on_layer: Callable[[], None] = lambda: None,
     quantization: Quantization | None = None,
     mlp_stays: bool = False,
+    healing: BlockLimit | None = None,
+    seed: int = 0,
     *,
     folder: Path | None = None,
     on_finished: OnFinished = lambda i, finished: None,
@@ -84,7 +87,8 @@ def reduce(
     Hidden states and reduced layers beyond `memory_budget` bytes wait on disk. With `mlp_stays` an MLP is only touched
     to be rounded; otherwise it is fitted to the attention before it even where its size stays. In a `folder` all
     finished layers are kept, and those that an earlier run has left there are not done again: the hidden states pass
-    through them, so that the result is the same.
+    through them, so that the result is the same. With `healing` each layer is trained when it is reduced, see
+    `a3q.heal.blocks`; nothing is rounded then.
 
     Over several processes (`a3q.ranks`) each takes its share of the sequences; the first alone has the layers after,
     unless they are `for_all`.
@@ -95,11 +99,15 @@ def reduce(
         raise ValueError(f"dimensions of {len(dimensions)} layers for {model.config.num_hidden_layers}")
     if quantization is not None and not method.fitted:
         raise ValueError(f"method {method.name} does not follow what rounding does to the layers before")
+    if healing is not None and (quantization is not None or not method.fitted):
+        raise ValueError("layers that are healed are rounded in another pass, and fitted before")
     normed_apart = model.config.qk_norm == "head" and any(
         new.qk_head_dim < old.qk_head_dim for new, old in zip(dimensions, model.config.layers, strict=True)
     )
     config = dataclasses.replace(model.config, qk_norm="heads") if normed_apart else model.config
-    run = _Run(model, config, method, quantization, device, Room(memory_budget, device, folder), mlp_stays)
+    run = _Run(
+        model, config, method, quantization, device, Room(memory_budget, device, folder), mlp_stays, healing, seed
+    )
     left = ranks.alone(lambda: LayerStore(run.room.left, folder))
     store = LayerStore(run.room.left) if left is None else left
     top = run.begin(tokens, store)
@@ -132,7 +140,7 @@ def reduce(
         top=top,
     )
     losses, rounding_losses = [one.losses for one in layers], [one.rounding_losses for one in layers]
-    return Reduction(found, losses, store, outside, rounding_losses, tuple(run.batches.notes))
+    return Reduction(found, losses, store, outside, rounding_losses, tuple(run.notes()))
 
 
 def _put_away(store: LayerStore, i: int, finished: Finished, on_finished: OnFinished) -> None:
@@ -163,9 +171,12 @@ class _Run:
         device: torch.device,
         room: Room,
         mlp_stays: bool,
+        healing: BlockLimit | None,
+        seed: int,
     ) -> None:
         self.model, self.method, self.device, self.room = model, method, device, room
-        self.mlp_stays = mlp_stays
+        self.mlp_stays, self._healing, self._seed = mlp_stays, healing, seed
+        self._healing_notes: list[str] = []
         self._reduced_config = config
         self._quantization = quantization or Quantization([{}] * model.config.num_hidden_layers)
         self._dtype = compute_dtype(device, model.config.hidden_size)
@@ -191,7 +202,13 @@ class _Run:
             widest = config.num_attention_heads * config.widest.v_head_dim
             outputs, attended = (self.room.empty(len(tokens), T, n) for n in (config.hidden_size, widest))
             self._streams = Streams(reference, reduced, self.batches, self._dtype, own.start, outputs, attended)
+            if self._healing is not None:
+                self._entry = self.room.empty(len(tokens), T, config.hidden_size)
         return top
+
+    def notes(self) -> list[str]:
+        """What the user should know about how it went."""
+        return [*self.batches.notes, *self._healing_notes]
 
     def _stream(self, config: ModelConfig, model: Model, tokens: Tensor) -> Stream:
         shape = *tokens.shape, config.hidden_size
@@ -211,9 +228,13 @@ class _Run:
                     w, shape, target, self._reference, self.batches, self._earlier, self.method, where
                 )
             else:
+                if self._healing is not None:
+                    self._entry.copy_(self._streams.reduced.x)
                 new, new_shape, loss = reduce_fitted(
                     w, shape, target, self._streams, self.method, rounding, self.mlp_stays
                 )
+                if self._healing is not None:
+                    new, loss = self._healed(i, shape, w, new_shape, new, loss, self._streams, self._healing)
         except (ValueError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]  # exported at run time
             raise InputError(f"{where}: {error}; more or other calibration text may help") from error
         except (RuntimeError, MemoryError) as error:
@@ -225,6 +246,33 @@ class _Run:
             ) from error
         plain = {role: weight for role, weight in new.items() if role not in rounding.blocks}
         return Finished(to_device(plain, torch.device("cpu")), new_shape, loss, rounding.blocks, rounding.losses)
+
+    def _healed(
+        self,
+        i: int,
+        shape: LayerShape,
+        w: Layer,
+        new_shape: LayerShape,
+        new: Layer,
+        losses: LayerLosses,
+        streams: Streams,
+        limit: BlockLimit,
+    ) -> tuple[Layer, LayerLosses]:
+        """The reduced layer trained towards the same target as its last refit; the reduced stream is put behind it."""
+        config, entry, outputs, reduced = self.model.config, self._entry, streams.outputs, streams.reduced
+        low = lowered(w, streams.dtype)
+
+        def aim(part: slice) -> None:
+            local = block(config, shape, low, entry[part].to(self.device))
+            wanted = CORRECTION * streams.reference.part(part) + (1 - CORRECTION) * local
+            outputs[part] = wanted.to(outputs.device)
+
+        streams.each(aim)
+        args = reduced.config, new_shape, new, entry, outputs, limit, self.device, streams.dtype, self._seed + i
+        healed, loss, self._healing_notes = heal_block(*args, attention_only=self.mlp_stays)
+        reduced.x.copy_(entry)
+        pass_on(reduced, streams.batches, new_shape, lowered(healed, streams.dtype))
+        return healed, dataclasses.replace(losses, before_healing=loss.before, after_healing=loss.after)
 
     def pass_through(self, shape: LayerShape, w: Layer, new_shape: LayerShape, new: Layer) -> None:
         """Move the hidden states on through a layer that was reduced before."""

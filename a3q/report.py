@@ -13,6 +13,7 @@ from a3q.families import COMPONENTS
 from a3q.footprint import Use
 from a3q.footprint_table import command
 from a3q.model import Model
+from a3q.report_healing import healing_facts, healing_lines
 from a3q.result import Result, Rounding
 from a3q.units import megabytes, span
 from a3q.verify import Quality
@@ -20,10 +21,12 @@ from converters.gguf_writer import WrittenFile
 
 
 def render(result: Result) -> RenderableType:
-    """Original → reduced → written, the ratio per component, how it was rounded, and what had to give."""
+    """Original → reduced → written, the ratio per component, how it was healed and rounded, and what had to give."""
     parts: list[RenderableType] = [_models(result)]
     if result.job.plan.asked > 0:
         parts.append(_components(result))
+    if (healing := healing_facts(result)) is not None:
+        parts += [Text(line) for line in healing_lines(healing)]
     if result.rounding is not None:
         parts.append(_quantization(result, result.rounding))
     if result.verification is not None:
@@ -77,8 +80,12 @@ def _models(result: Result) -> Table:
 def _done(result: Result) -> str:
     """What was done to the model in memory; nothing where it is the original itself."""
     reduction = result.job.reduction
-    rounded = reduction.top or any(reduction.rounding_losses)
-    return ", ".join(["reduced"] * (result.job.plan.asked > 0) + ["rounded"] * bool(rounded))
+    done = {
+        "reduced": result.job.plan.asked > 0,
+        "healed": healing_facts(result) is not None,
+        "rounded": reduction.top or any(reduction.rounding_losses),
+    }
+    return ", ".join(what for what, was in done.items() if was)
 
 
 def _quantization(result: Result, rounding: Rounding) -> Table:

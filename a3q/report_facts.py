@@ -22,6 +22,7 @@ from a3q.dimensions import Plan
 from a3q.families import COMPONENTS
 from a3q.footprint import CACHE_TYPES, Speedup, cache_bytes, can_quantize_cache
 from a3q.model import LayerShape, ModelConfig, pick_device
+from a3q.report_healing import distances, healing_facts
 from a3q.result import Result, Rounding
 from a3q.verify import Quality
 from converters.gguf_writer import WrittenFile
@@ -60,6 +61,7 @@ def facts(result: Result) -> Facts:
         "layers": _layers(result),
         "rope": _rope(original.config, reduced.config),
         "cache": _cache(original.config, reduced.config, isinstance(result.written, WrittenFile)),
+        "healing": healing_facts(result),
         "quantization": None if result.rounding is None else _quantization(result, result.rounding),
         "quality": _quality(result),
         "seconds": dict(result.seconds),
@@ -174,7 +176,7 @@ def _footprint(result: Result) -> Facts | None:
 
 
 def _layers(result: Result) -> list[Facts]:
-    """Sizes of each layer, and what its components lost; null: the component was left alone."""
+    """Sizes of each layer, and what its components lost; null: the component was left alone, or nothing healed."""
     before, after = result.original.config.layers, result.reduced.config.layers
     losses = result.job.reduction.losses
     found = []
@@ -186,7 +188,8 @@ def _layers(result: Result) -> list[Facts]:
             else None
             for component, key in SIZES.items()
         }
-        found.append({"layer": i, **pairs, "energy_lost": lost})
+        distance = distances(losses[i]) if losses else None
+        found.append({"layer": i, **pairs, "energy_lost": lost, "output_distance": distance})
     return found
 
 

@@ -7,11 +7,8 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from markupsafe import Markup
+from typing import Any
 
 from a3q import plots
 from a3q.errors import InputError
@@ -20,11 +17,10 @@ from a3q.footprint import Footprint, TypeTotal
 from a3q.footprint_table import compared
 from a3q.plots import bytes_text, tokens_text
 from a3q.report_facts import SIZES, Facts, facts
+from a3q.report_healing import healing_section, moved
+from a3q.report_parts import WHEN, Plot, Rows, Section, Table, both, drawn, number, percent
 from a3q.result import Result
 from a3q.units import span
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 _SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 _QUANTIZED_BITS = 16
@@ -77,37 +73,6 @@ def write_reports(result: Result) -> tuple[Path, Path]:
     return page, data
 
 
-_Rows = list[tuple[str, ...]]
-
-
-@dataclass(frozen=True)
-class _Plot:
-    title: str
-    caption: str
-    svg: Markup
-
-
-@dataclass(frozen=True)
-class _Table:
-    title: str
-    headings: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    caption: str = ""
-    folded: bool = False
-    """Shown when asked for: long."""
-    numbers: bool = True
-    """All columns but the first hold numbers."""
-
-
-@dataclass(frozen=True)
-class _Section:
-    id: str
-    title: str
-    plots: Sequence[_Plot] = ()
-    tables: Sequence[_Table] = ()
-    lines: Sequence[str] = field(default=())
-
-
 def render(found: Facts, json_name: str) -> str:
     """The page of a report from its facts; `json_name` is the file that holds these."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -119,8 +84,8 @@ def render(found: Facts, json_name: str) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    sections = [_outcome(found), _plan(found), _footprint(found), _layers(found), _rope(found), _quantization(found)]
-    sections.append(_provenance(found))
+    sections = [_outcome(found), _plan(found), _footprint(found), _layers(found), _rope(found), healing_section(found)]
+    sections += [_quantization(found), _provenance(found)]
     longest = max(found["seconds"].values(), default=0.0) or 1.0
     return environment.get_template("report.html.j2").render(
         title=found["output"]["name"].removesuffix(".gguf"),
@@ -135,10 +100,6 @@ def render(found: Facts, json_name: str) -> str:
         version=found["made_by"]["a3q"],
         json_name=json_name,
     )
-
-
-def _plot(name: str, title: str, caption: str, figure: Figure, spoken: str) -> _Plot:
-    return _Plot(title, caption, Markup(plots.to_svg(figure, name, f"{title}. {spoken}")))
 
 
 # What came out
@@ -161,7 +122,7 @@ def _cards(found: Facts) -> Iterator[Facts]:
         return {"label": label, "value": shown(after), "was": was}
 
     yield card("File size", found["source"]["bytes"], found["output"]["bytes"], bytes_text)
-    yield card("Parameters", *_both(model["parameters"]), _count)
+    yield card("Parameters", *both(model["parameters"]), _count)
     if quality is None:
         yield {"label": "Perplexity", "value": "not measured", "was": ""}
     else:
@@ -169,20 +130,16 @@ def _cards(found: Facts) -> Iterator[Facts]:
         error = "" if written["perplexity"] is None else f"± {written['perplexity_stderr'] or 0.0:.2f}, "
         was = f"{error}from {_with_error(original)}"
         yield {"label": "Perplexity", "value": _perplexity(written), "was": was}
-        yield {"label": "KL to the original", "value": _number(written["kl_to_original"]), "was": "nats a token"}
-    yield card("KV cache of a token", *_both(model["kv_bytes_per_token_f16"]), bytes_text)
+        yield {"label": "KL to the original", "value": number(written["kl_to_original"]), "was": "nats a token"}
+    yield card("KV cache of a token", *both(model["kv_bytes_per_token_f16"]), bytes_text)
     if quantization is not None:
         bits, quantizer = quantization["bits_per_weight"], quantization["quantizer"]
         yield {"label": "Bits of a weight", "value": f"{bits:.2f}", "was": f"in the mean, rounded by {quantizer}"}
 
 
-def _both(pair: Mapping[str, float]) -> tuple[float, float]:
-    return pair["before"], pair["after"]
-
-
-def _outcome(found: Facts) -> _Section:
+def _outcome(found: Facts) -> Section:
     quality, cache = found["quality"], found["cache"]
-    shown: list[_Plot] = []
+    shown: list[Plot] = []
     tables = []
     if quality is not None:
         shown += _size_plot(found)
@@ -197,23 +154,23 @@ def _outcome(found: Facts) -> _Section:
     caption = f"Up to the context that the model was trained for. At {longest} tokens: {last}."
     if found["output"]["format"] == "gguf" and not cache["quantizable"]:
         caption += " llama.cpp has no quantized cache for heads of this size."
-    shown.append(_plot("cache", "KV cache against context", caption, plots.cache_against_context(lines), caption))
+    shown.append(drawn("cache", "KV cache against context", caption, plots.cache_against_context(lines), caption))
     if quality is not None:
         rows = [
-            (title, _with_error(quality[key]), _number(quality[key]["kl_to_original"]))
+            (title, _with_error(quality[key]), number(quality[key]["kl_to_original"]))
             for key, title in (("original", "original"), ("in_memory", "in memory"), ("written", "written"))
         ]
         runs = {"llama.cpp": "run in llama.cpp", "transformers": "run in transformers", "a3q": "read back by a3q"}
         caption = (
             f"On {quality['scored_tokens']} held-out tokens of the calibration source. KL divergence in nats a token. "
             f"The written model was {runs.get(quality['runtime'], quality['runtime'])} and is "
-            f"{_number(quality['kl_of_written_to_in_memory'])} nats from the one in memory."
+            f"{number(quality['kl_of_written_to_in_memory'])} nats from the one in memory."
         )
-        tables.append(_Table("Quality", ("", "perplexity", "KL to the original"), rows, caption))
-    return _Section("outcome", "Size and quality", shown, tables)
+        tables.append(Table("Quality", ("", "perplexity", "KL to the original"), rows, caption))
+    return Section("outcome", "Size and quality", shown, tables)
 
 
-def _size_plot(found: Facts) -> Iterator[_Plot]:
+def _size_plot(found: Facts) -> Iterator[Plot]:
     quality, files = found["quality"], {"original": found["source"], "written": found["output"]}
     points = [
         plots.Point("", files[key]["bytes"], quality[key]["perplexity"], group, quality[key]["perplexity_stderr"])
@@ -223,18 +180,18 @@ def _size_plot(found: Facts) -> Iterator[_Plot]:
     if points:
         told = ", ".join(f"{one.group}: {bytes_text(one.bytes)}, perplexity {one.perplexity:.2f}" for one in points)
         caption = "Lower and further left is better. Bars: standard error."
-        yield _plot("size", "File size against perplexity", caption, plots.size_against_perplexity(points), told)
+        yield drawn("size", "File size against perplexity", caption, plots.size_against_perplexity(points), told)
 
 
 # What was planned
 
 
-def _plan(found: Facts) -> _Section | None:
+def _plan(found: Facts) -> Section | None:
     plan = found["plan"]
     if plan["asked"] == 0:
         return None
-    before, after = ({c: [one[key][when] for one in found["layers"]] for c, key in SIZES.items()} for when in _WHEN)
-    rows: _Rows = []
+    before, after = ({c: [one[key][when] for one in found["layers"]] for c, key in SIZES.items()} for when in WHEN)
+    rows: Rows = []
     for component in COMPONENTS:
         one = plan["components"][component]
         asked = "" if one["asked"] == 0 else f"{one['asked']:.1%}" + (" together" if one["together_with"] else "")
@@ -242,36 +199,33 @@ def _plan(found: Facts) -> _Section | None:
     rows.append(("together", f"{plan['asked']:.1%}", f"{plan['achieved']:.1%}", "", ""))
     lines = [f"Method {plan['method']}" + ("" if plan["ranks"] is None else f", {plan['ranks']} ranks")]
     if plan["predicted_kl"] is not None:
-        lines[0] += f"; the sizes were chosen for a predicted KL of {_number(plan['predicted_kl'])} nats"
+        lines[0] += f"; the sizes were chosen for a predicted KL of {number(plan['predicted_kl'])} nats"
     lines[0] += "."
     for one in plan["tried"]:
         sizes = one["sizes"]
         verdict = "chosen" if one["chosen"] else "not chosen"
         lines.append(
             f"Tried: head size {span(sizes['qk_head_dim'])}, MLP size {span(sizes['intermediate_size'])}: KL "
-            f"{_number(one['kl'])} nats, {verdict}."
+            f"{number(one['kl'])} nats, {verdict}."
         )
     if found["calibration"] is not None:
         lines.append(f"Calibrated on {found['calibration']['description']}.")
     headings = ("component", "asked to go", "gone", "size before", "size after")
-    return _Section("plan", "Reduction", (), (_Table("Reduction of each component", headings, rows),), lines)
+    return Section("plan", "Reduction", (), (Table("Reduction of each component", headings, rows),), lines)
 
 
-_WHEN = ("before", "after")
-
-
-def _footprint(found: Facts) -> _Section | None:
+def _footprint(found: Facts) -> Section | None:
     footprint = found["footprint"]
     if footprint is None:
         return None
-    before, after = (_restored(footprint[when]) for when in _WHEN)
+    before, after = (_restored(footprint[when]) for when in WHEN)
     speedup = footprint["predicted_speedup"]
     line = (
         f"Predicted speed-up: prompts {speedup['prompt']:.2f} × by less arithmetic, generation "
         f"{speedup['generation']:.2f} × by less that is read for each token."
     )
-    table = _Table("What running it takes", ("", *_WHEN, "change"), compared([before, after]))
-    return _Section("running", "What running it takes", (), (table,), (line,))
+    table = Table("What running it takes", ("", *WHEN, "change"), compared([before, after]))
+    return Section("running", "What running it takes", (), (table,), (line,))
 
 
 def _restored(footprint: Facts) -> Footprint:
@@ -281,11 +235,11 @@ def _restored(footprint: Facts) -> Footprint:
 # What it cost where
 
 
-def _layers(found: Facts) -> _Section | None:
+def _layers(found: Facts) -> Section | None:
     layers = found["layers"]
     lost = {component: [layer["energy_lost"][component] for layer in layers] for component in SIZES}
     reduced = {component: [one for one in values if one is not None] for component, values in lost.items()}
-    before, after = ({c: [one[key][when] for one in layers] for c, key in SIZES.items()} for when in _WHEN)
+    before, after = ({c: [one[key][when] for one in layers] for c, key in SIZES.items()} for when in WHEN)
     if before == after:
         return None
     shown = []
@@ -297,12 +251,12 @@ def _layers(found: Facts) -> _Section | None:
         )
         if plain := [component for component, values in reduced.items() if not values]:
             caption += f" Left alone: {' and '.join(plain)}."
-        shown.append(_plot("losses", "Functional loss of each layer", caption, plots.losses_per_layer(lost), caption))
+        shown.append(drawn("losses", "Functional loss of each layer", caption, plots.losses_per_layer(lost), caption))
     caption = "Grey: the original. " + "; ".join(
         f"{component} {span(before[component])} → {span(after[component])}" for component in SIZES
     )
-    shown.append(_plot("sizes", "Sizes of each layer", f"{caption}.", plots.sizes_per_layer(before, after), caption))
-    rows = [
+    shown.append(drawn("sizes", "Sizes of each layer", f"{caption}.", plots.sizes_per_layer(before, after), caption))
+    rows: Rows = [
         (
             str(layer["layer"]),
             *(_step(layer[key]) for key in SIZES.values()),
@@ -310,8 +264,11 @@ def _layers(found: Facts) -> _Section | None:
         )
         for layer in layers
     ]
-    headings = ("layer", "QK head", "V head", "MLP", "QK lost", "OV lost", "MLP lost")
-    return _Section("layers", "Layers", shown, (_Table(f"All {len(rows)} layers", headings, rows, folded=True),))
+    headings = ["layer", "QK head", "V head", "MLP", "QK lost", "OV lost", "MLP lost"]
+    if any(layer["output_distance"] is not None for layer in layers):
+        headings.append("distance, healed")
+        rows = [(*row, moved(layer["output_distance"])) for row, layer in zip(rows, layers, strict=True)]
+    return Section("layers", "Layers", shown, (Table(f"All {len(rows)} layers", headings, rows, folded=True),))
 
 
 def _step(pair: Mapping[str, int]) -> str:
@@ -319,7 +276,7 @@ def _step(pair: Mapping[str, int]) -> str:
     return str(before) if before == after else f"{before} → {after}"
 
 
-def _rope(found: Facts) -> _Section | None:
+def _rope(found: Facts) -> Section | None:
     groups = found["rope"]
     if all(len(kept) == len(group["radians_per_token"][0]) for group in groups for kept in group["kept"]):
         # All stay.
@@ -333,9 +290,9 @@ def _rope(found: Facts) -> _Section | None:
     caption += " Every key head keeps frequencies of its own." if several else ""
     caption += " Each frequency turns a pair of a head's dimensions; the fastest tell neighbours apart."
     figure = plots.kept_frequencies(shares, [label for label, _ in shown])
-    plot = _plot("rope", "RoPE frequencies kept", caption, figure, f"{sum(map(len, groups[0]['kept']))} in layer 0")
+    plot = drawn("rope", "RoPE frequencies kept", caption, figure, f"{sum(map(len, groups[0]['kept']))} in layer 0")
     tables = []
-    rows: _Rows
+    rows: Rows
     if alike:
         kept = set(groups[0]["kept"][0])
         rows = [
@@ -343,12 +300,12 @@ def _rope(found: Facts) -> _Section | None:
             for i, turn in enumerate(groups[0]["radians_per_token"][0])
         ]
         headings: tuple[str, ...] = ("frequency", "radians a token", "tokens a turn", "")
-        tables.append(_Table(f"All {len(rows)} frequencies", headings, rows, folded=True))
+        tables.append(Table(f"All {len(rows)} frequencies", headings, rows, folded=True))
     else:
         rows = [(label, " | ".join(_positions(kept) for kept in group["kept"])) for label, group in shown]
         headings = ("layer", "positions of the kept frequencies, the heads one after another")
-        tables.append(_Table("Frequencies kept in each layer", headings, rows, folded=True, numbers=False))
-    return _Section("rope", "Position encoding", (plot,), tables)
+        tables.append(Table("Frequencies kept in each layer", headings, rows, folded=True, numbers=False))
+    return Section("rope", "Position encoding", (plot,), tables)
 
 
 def _turn(radians: float) -> str:
@@ -376,7 +333,7 @@ def _positions(kept: Sequence[int]) -> str:
     return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
-def _quantization(found: Facts) -> _Section | None:
+def _quantization(found: Facts) -> Section | None:
     quantization = found["quantization"]
     if quantization is None:
         return None
@@ -387,46 +344,46 @@ def _quantization(found: Facts) -> _Section | None:
         worst = max(measured, key=lambda one: one["output_energy_lost"])
         caption = (
             "Share of each matrix's output energy on the calibration text that rounding lost. Most: "
-            f"{worst['name']}, {_percent(worst['output_energy_lost'])}. Matrices rounded together share a value."
+            f"{worst['name']}, {percent(worst['output_energy_lost'])}. Matrices rounded together share a value."
         )
         figure = plots.tensor_map(cells, "output energy lost", percent=True)
-        shown.append(_plot("errors", "Quantization error of each tensor", caption, figure, caption))
+        shown.append(drawn("errors", "Quantization error of each tensor", caption, figure, caption))
     sized = [one for one in tensors if one["layer"] is not None and (one["bits_per_weight"] or 32) < _QUANTIZED_BITS]
     if len({one["bits_per_weight"] for one in sized}) > 1:
         types = Counter(one["type"] for one in sized).most_common()
         caption = "Types of the layers' matrices: " + ", ".join(f"{count} {kind}" for kind, count in types) + "."
         cells = [plots.Cell(one["layer"], one["kind"], one["bits_per_weight"]) for one in sized]
         figure = plots.tensor_map(cells, "bits a weight")
-        shown.append(_plot("bits", "Bits of each tensor", caption, figure, caption))
+        shown.append(drawn("bits", "Bits of each tensor", caption, figure, caption))
     tables = []
     by_role = quantization["matrices_by_role_and_type"]
     losses = quantization["mean_output_energy_lost_by_role"]
-    rows: _Rows = [
+    rows: Rows = [
         (
             role,
             ", ".join(f"{count} {kind}" for kind, count in Counter(by_role.get(role, {})).most_common()),
-            _percent(losses.get(role)),
+            percent(losses.get(role)),
         )
         for role in dict.fromkeys((*by_role, *losses))
     ]
-    tables.append(_Table("By role", ("weight", "matrices and their types", "output energy lost"), rows))
+    tables.append(Table("By role", ("weight", "matrices and their types", "output energy lost"), rows))
     rows = [
         (
             one["name"],
             one["type"] or "",
             "" if one["bits_per_weight"] is None else f"{one['bits_per_weight']:.2f}",
             "" if one["bytes"] is None else f"{one['bytes']:,}",
-            _percent(one["output_energy_lost"]),
+            percent(one["output_energy_lost"]),
         )
         for one in tensors
     ]
     headings = ("tensor", "type", "bits", "bytes", "output energy lost")
-    tables.append(_Table(f"All {len(rows)} tensors", headings, rows, folded=True))
+    tables.append(Table(f"All {len(rows)} tensors", headings, rows, folded=True))
     line = f"Rounded by {quantization['quantizer']} to {quantization['bits_per_weight']:.2f} bits a weight in the mean."
-    return _Section("quantization", "Quantization", shown, tables, (line,))
+    return Section("quantization", "Quantization", shown, tables, (line,))
 
 
-def _provenance(found: Facts) -> _Section:
+def _provenance(found: Facts) -> Section:
     made, source, output, calibration = found["made_by"], found["source"], found["output"], found["calibration"]
     rows = [(f"source {one['name']}", f"sha256 {one['sha256']}") for one in source["files"]]
     rows += [(f"written {one['name']}", f"{one['bytes']:,} bytes, sha256 {one['sha256']}") for one in output["files"]]
@@ -437,8 +394,8 @@ def _provenance(found: Facts) -> _Section:
     names = {"a3q": "a3q", "python": "Python", "torch": "PyTorch", "llama_cpp": "llama.cpp"}
     names |= {"device": "device", "platform": "platform"}
     rows += [(title, str(made[key])) for key, title in names.items() if made[key] is not None]
-    table = _Table("Where it comes from", ("", ""), rows, numbers=False)
-    return _Section("provenance", "Provenance", (), (table,))
+    table = Table("Where it comes from", ("", ""), rows, numbers=False)
+    return Section("provenance", "Provenance", (), (table,))
 
 
 # Numbers in words
@@ -451,13 +408,6 @@ def _change(before: float, after: float) -> str:
     return f"{'+' if share > 0 else '−'}{abs(share):.1%}"
 
 
-def _number(value: float | None) -> str:
-    """Four digits, or that it is none."""
-    if value is None:
-        return "–"
-    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-
-
 def _perplexity(quality: Facts) -> str:
     return "not finite" if quality["perplexity"] is None else f"{quality['perplexity']:.2f}"
 
@@ -466,13 +416,6 @@ def _with_error(quality: Facts) -> str:
     """Perplexity with its standard error."""
     error = "" if quality["perplexity"] is None else f" ± {quality['perplexity_stderr'] or 0.0:.2f}"
     return f"{_perplexity(quality)}{error}"
-
-
-def _percent(share: float | None) -> str:
-    """Two digits of a share that may be tiny; nothing where there is none."""
-    if share is None:
-        return ""
-    return f"{100 * share:.2g}%" if share >= 1e-5 or share == 0 else "< 0.001%"
 
 
 def _count(value: float) -> str:

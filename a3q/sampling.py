@@ -1,9 +1,9 @@
-"""Text that a model writes itself, for calibration without data: A3 needs activations, not labels."""
+"""Text that a model writes itself, for calibration and healing without data: they need activations, not labels."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,39 @@ _BEFORE = 3
 """Steps that run by themselves before one is recorded, so that all that libraries set up is there."""
 _TOLD = 16
 """Steps on a GPU after which it is waited for, so that progress tells what is done."""
+
+
+@dataclass(frozen=True)
+class Following:
+    """What comes next in a row, once, when the model has written an end of turn there, whatever it would say itself.
+
+    So a chat template's text between a question and its answer gets into a conversation that the model writes alone.
+    """
+
+    ends: tuple[int, ...]
+    """Tokens that each end a turn."""
+    ids: tuple[int, ...]
+
+
+class Given:
+    """Follows the rows of a batch and puts what `following` says in place of what was chosen.
+
+    The same tensor operations for every token, on state that stays where it is, as a CUDA graph needs it.
+    """
+
+    def __init__(self, following: Following, batch: int, device: torch.device) -> None:
+        self._ends = torch.tensor(following.ends, dtype=torch.int64, device=device)
+        # Nothing is given before and behind.
+        self._ids = torch.tensor([-1, *following.ids, -1], dtype=torch.int64, device=device)
+        self._next = torch.zeros(batch, dtype=torch.int64, device=device)
+        """Of `_ids`, for each row: at the first until an end is written, at the last when all was given."""
+
+    def __call__(self, chosen: Tensor) -> Tensor:
+        """The next token of each row, `[B]`, where the model chose `chosen`."""
+        given = self._ids.index_select(0, self._next)
+        ended = (chosen[:, None] == self._ends).any(-1)
+        self._next.add_(ended | (self._next > 0)).clamp_max_(len(self._ids) - 1)
+        return torch.where(given < 0, chosen, given)
 
 
 def pick(logits: Tensor, temperature: float, top_p: float, drawn: Tensor) -> Tensor:
@@ -53,8 +86,12 @@ def sample(
     seed: int,
     device: torch.device,
     on_tokens: Callable[[int], None] = lambda _: None,
+    following: Following | None = None,
 ) -> Tensor:
-    """Continue `prompts` `[B, P]` to `[B, length]` token ids (CPU). All layers are held in memory meanwhile."""
+    """Continue `prompts` `[B, P]` to `[B, length]` token ids (CPU). All layers are held in memory meanwhile.
+
+    `following` changes nothing in front of where it is given, and no other row.
+    """
     config = model.config
     B, P = prompts.shape
     dtype = compute_dtype(device, config.hidden_size)
@@ -67,6 +104,7 @@ def sample(
     drawn = torch.rand(length, B, dtype=torch.float64, device=device, generator=generator)
     ids = torch.zeros(B, length, dtype=torch.int64, device=device)
     ids[:, :P] = prompts.to(device)
+    given = None if following is None else Given(following, B, device)
 
     def read(tokens: Tensor, start: int | Tensor) -> Tensor:
         """Hidden states behind `tokens`, which are `start` and later."""
@@ -79,7 +117,8 @@ def sample(
     def choose(x: Tensor, drawn: Tensor) -> Tensor:
         """What comes behind the last of hidden states `[B, T, hidden]`."""
         logits = F.linear(norm(config, model.top, "final_norm", x[:, -1]).to(dtype), output)
-        return pick(logits, temperature, top_p, drawn)
+        chosen = pick(logits, temperature, top_p, drawn)
+        return chosen if given is None else given(chosen)
 
     x = read(ids[:, :P], 0)
     on_tokens(P * B)

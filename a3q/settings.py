@@ -13,6 +13,7 @@ from a3q.calibration import SELF
 from a3q.dimensions import ALL, HEADS, Grid, Request
 from a3q.errors import InputError
 from a3q.families import COMPONENTS, Component
+from a3q.heal.settings import Healing
 
 RATIO = 0.25
 """Of what is reduced unless told."""
@@ -45,6 +46,7 @@ class Settings:
     told."""
     work: Path | None = None
     """Folder that keeps what is finished, so that a run that was ended can be continued."""
+    healing: Healing = field(default_factory=Healing)
 
     @classmethod
     def of(
@@ -62,6 +64,7 @@ class Settings:
         device: str = "auto",
         memory_budget: int | None = None,
         work: str | Path | None = None,
+        healing: Healing | None = None,
     ) -> Settings:
         """From what a caller of `a3q.convert` and the like may give; InputError for a value out of range.
 
@@ -83,6 +86,7 @@ class Settings:
             device,
             memory_budget,
             None if work is None else Path(work),
+            healing or Healing(),
         )
         settings.check()
         return settings
@@ -118,6 +122,13 @@ class Settings:
             raise InputError(f"--ranks {self.ranks}: give mixed or uniform")
         if self.method not in ("a3q", "paper"):
             raise InputError(f"--method {self.method}: give a3q or paper")
+        self.healing.check()
+        if self.healing.any and self.method != "a3q":
+            raise InputError(f"--heal with --method {self.method}: that method is there for comparison; leave one out")
+        if self.healing.any and not self.request().groups():
+            raise InputError(
+                "--heal: nothing is reduced, so there is nothing to heal; give --ratio or leave --heal out"
+            )
         if not 0 <= self.seed < 1 << 32:
             raise InputError(f"--seed {self.seed}: give a number from 0 to {(1 << 32) - 1}")
         if self.memory_budget is not None and self.memory_budget < 0:
@@ -165,6 +176,7 @@ def identity(settings: Settings, digests: Sequence[str], device_type: str) -> di
         "--calib": " and ".join(map(_told, settings.calib)),
         "--calib-tokens": settings.calib_tokens,
         "--seed": settings.seed,
+        **settings.healing.facts(),
         "the device": device_type,
     }
     return {name: str(value) for name, value in facts.items() if value is not None}

@@ -28,6 +28,9 @@ class LayerLosses:
     qk: float = 0.0
     ov: float = 0.0
     mlp: float = 0.0
+    before_healing: float = 0.0
+    """Relative squared distance of the layer's output to what it should be, on sequences that healing did not see."""
+    after_healing: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from a3q.dimensions import folder_grid
 from a3q.errors import InputError, named
 from a3q.families import Component
 from a3q.gptq_folder import FolderQuant, FolderRounding
+from a3q.heal.settings import Healing
 from a3q.model import Model, pick_device
 from a3q.pipeline import Reduced, hash_source, run, timed
 from a3q.progress import Stages, share_of, silent
@@ -55,6 +56,10 @@ def reduce_to_folder(
     ranks: str | None = None,
     method: str = "a3q",
     frequencies: str = "per_head",
+    heal: str = "none",
+    heal_tokens: int | None = None,
+    heal_minutes: float | None = None,
+    heal_quant: bool = False,
     calib: str | Sequence[str] = SELF,
     calib_tokens: int | None = None,
     seed: int = 0,
@@ -101,7 +106,10 @@ def reduce_to_folder(
         device=device,
         memory_budget=memory_budget,
         work=work,
+        healing=Healing(heal, heal_tokens, heal_minutes, heal_quant),
     )
+    if heal_quant and request is None:
+        raise InputError("--heal-quant: nothing is quantized; give --quant 4bit as well")
     torch_device = pick_device(device)
     if output is not None:
         force = force or _own(Path(output), settings.work)
@@ -151,7 +159,7 @@ def reduce_to_folder(
                     part, original, reduced.model, DTYPES[dtype], sequences, torch_device, advance, request is not None
                 )
 
-        # A reduced model that is only rewritten keeps the record of its reduction.
+        # A reduced model that is only rewritten keeps the record of its reduction and healing.
         earlier = {
             key.removeprefix("a3q."): one.value for key, one in original.metadata.items() if key.startswith("a3q.")
         }

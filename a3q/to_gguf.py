@@ -15,18 +15,19 @@ from a3q import __version__, ranks, runtime
 from a3q.asked import Asked
 from a3q.calibration import SELF
 from a3q.components import Method
-from a3q.dimensions import HEADS, Grid, Request
+from a3q.dimensions import HEADS, Grid, Plan, Request
 from a3q.errors import InputError, named
 from a3q.families import Component
 from a3q.footprint import CACHE_BLOCK, Footprint, Use, footprint, limits
 from a3q.forecast import before_conversion, check_cache, check_kv_ratio, grid_for, stored_as
 from a3q.gguf_types import Settled, TypeRequest, TypeSettler
+from a3q.heal.settings import Healing
 from a3q.model import Model, pick_device
 from a3q.ollama import check_name, create_in_ollama
 from a3q.pipeline import Prepared, Reduced, hash_source, run, timed
 from a3q.pipeline import Settled as Job
 from a3q.progress import Stages, share_of, silent, to_share
-from a3q.provenance import is_about_rounding, provenance, rounding_facts
+from a3q.provenance import is_outdated, provenance, rounding_facts
 from a3q.ranks import first_before_others
 from a3q.reduce import OnFinished
 from a3q.report_html import check_reports, write_reports
@@ -69,6 +70,10 @@ def convert(
     plan: str | Path | None = None,
     ranks: str | None = None,
     method: str = "a3q",
+    heal: str = "none",
+    heal_tokens: int | None = None,
+    heal_minutes: float | None = None,
+    heal_quant: bool = False,
     calib: str | Sequence[str] = SELF,
     calib_tokens: int | None = None,
     seed: int = 0,
@@ -93,7 +98,9 @@ def convert(
     `components`: those to reduce, all that llama.cpp can hold unless told; `own_ratios` sets some apart. `kv_type`: of
     the cache that the file must start with; `context` (the trained one unless told) and `parallel`: how it will be run.
     `fit`: bytes of memory that running it may take, for which everything else is chosen; `plan`: a file of `a3q plan`.
-    `ranks`: `mixed` or `uniform`. `calib`: `self`, a text or jsonl file, a data set's name, or several of these, which
+    `ranks`: `mixed` or `uniform`. `heal`: `blocks`, `full` or `both`, how the reduced model is trained on `heal_tokens`
+    tokens and for at most `heal_minutes`, `heal_quant`: with the rounding in the loop at its end, see
+    `a3q.heal.settings.Healing`. `calib`: `self`, a text or jsonl file, a data set's name, or several of these, which
     share the tokens evenly. `split_max_size`: bytes of tensors in one file of several. `ollama`: name of the model to
     make in Ollama. `report`: write one beside the file. `memory_budget`: bytes that hidden states and finished
     layers may take before they wait on disk, half of the free memory unless told. `work`: folder that keeps what is
@@ -111,6 +118,7 @@ def convert(
         device=device,
         memory_budget=memory_budget,
         work=work,
+        healing=Healing(heal, heal_tokens, heal_minutes, heal_quant),
     )
     overrides = output_tensor_type, token_embedding_type
     request = TypeRequest(asked.quant_plan(*overrides), quantizer, strict, _limit(bits, size))
@@ -163,6 +171,7 @@ def convert_opened(
     """
     grid = grid_for(original, request, use.cache_type)
     _check_method(original, settings, grid)
+    _check_healing(settings, request)
     check_kv_ratio(original, settings.request(), grid)
     shrinks = bool(settings.request().reduced & HEADS & grid.components)
     if not shrinks or not any(n % CACHE_BLOCK == 0 for n in grid.sizes(original.config, original.config.widest, "QK")):
@@ -299,6 +308,15 @@ def _check_method(model: Model, settings: Settings, grid: Grid) -> None:
         )
 
 
+def _check_healing(settings: Settings, request: TypeRequest) -> None:
+    rounded = request.limit is not None or request.plan.matrix.name.lower() in GRIDS
+    if settings.healing.quant and (request.quantizer == "plain" or not rounded):
+        raise InputError(
+            "--heal-quant: the layers are not rounded by gptq or rtn, so there is no rounding to train with; leave it "
+            "out, or change --quant or --quantizer"
+        )
+
+
 @dataclass
 class _Output:
     """The file that is written while the layers are finished."""
@@ -330,7 +348,7 @@ class _Output:
             base_model = {}
         fields = as_keys({**{f"a3q.{key}": value for key, value in facts.items()}, **base_model})
         stream = GGUFStream(
-            replace(self._without_rounding(job.original), config=job.config),
+            replace(_still_true(job.original, job.plan), config=job.config),
             self.settler.request.plan,
             self.path,
             name=name,
@@ -350,7 +368,7 @@ class _Output:
         """All that the pass over the layers has left, which is everything if there was none."""
         stream, original = self.stream, reduced.original
         assert stream is not None
-        model = self._without_rounding(reduced.model)
+        model = _still_true(reduced.model, reduced.plan)
         with stages("write", 1.0) as advance:
             share = share_of(advance)
             if reduced.model is original:
@@ -362,11 +380,11 @@ class _Output:
             share(stream.written, stream.total)
             return stream.finish(model)
 
-    @staticmethod
-    def _without_rounding(model: Model) -> Model:
-        """The source may say how its own weights were rounded."""
-        kept = {k: v for k, v in model.metadata.items() if not is_about_rounding(k.removeprefix("a3q."))}
-        return replace(model, metadata=kept)
+
+def _still_true(model: Model, plan: Plan) -> Model:
+    """Without what the source says of weights that are now others: how they were rounded, or healed."""
+    kept = {k: v for k, v in model.metadata.items() if not is_outdated(k.removeprefix("a3q."), plan)}
+    return replace(model, metadata=kept)
 
 
 def _verify(reduced: Reduced, settled: Settled, path: Path, device: torch.device, stages: Stages) -> Verification:

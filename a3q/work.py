@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from torch import Tensor
+
 from a3q import ranks
 from a3q.calibration import Calibration
 from a3q.errors import InputError
@@ -79,6 +81,18 @@ class WorkFolder:
         tensors = {"tokens": calibration.tokens, "held_out": calibration.held_out}
         told = {"source": calibration.source, "description": calibration.description}
         write_tensors(self._calibration, tensors, told)
+
+    def tokens(self, name: str) -> Tensor | None:
+        """What `keep_tokens` was given under a name; None: nothing."""
+        path = self.path / f"{name}.safetensors"
+        if not path.exists():
+            return None
+        with kept(path):
+            return read_tensors(path)[0]["tokens"]
+
+    def keep_tokens(self, name: str, tokens: Tensor) -> None:
+        """Keep token ids, which are on the CPU."""
+        write_tensors(self.path / f"{name}.safetensors", {"tokens": tokens}, {})
 
     def keep_output(self, files: Iterable[Path]) -> None:
         """Tell the files of the output, which are about to be renamed; see `placed`."""

@@ -77,7 +77,7 @@ class Keys:
 
 
 def as_keys(values: Mapping[str, object]) -> dict[str, GGUFValue]:
-    """Plain values as typed ones; what is neither a text nor a number, nor a list of these, is left out."""
+    """Plain values as typed ones; what is no text, number or truth value, nor a list of these, is left out."""
     typed: dict[str, GGUFValue] = {}
     for key, value in values.items():
         if isinstance(value, list):
@@ -96,6 +96,8 @@ def _type_of(value: object) -> GGUFValueType | None:
         return None if any("\ud800" <= letter <= "\udfff" for letter in value) else GGUFValueType.STRING
     if isinstance(value, float) and math.isfinite(value):
         return GGUFValueType.FLOAT32
-    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 32:
+    if isinstance(value, bool):
+        return GGUFValueType.BOOL
+    if isinstance(value, int) and 0 <= value < 1 << 32:
         return GGUFValueType.UINT32
     return None

@@ -60,6 +60,30 @@ def killed_at_changes(told: Path, pattern: str) -> None:
     sys.addaudithook(hook)
 
 
+def often_kept(phase: int, steps: int) -> None:
+    """Healing keeps all it has after every second step, and is killed after some of a phase."""
+    from a3q.heal import checkpoint, stage
+
+    phases = 0
+
+    def keeper(run: Any, path: Path | None) -> Callable[[], None]:
+        nonlocal phases
+        phases += 1
+        now, count = phases, 0
+
+        def step() -> None:
+            nonlocal count
+            count += 1
+            if (now, count) == (phase, steps):
+                os.kill(os.getpid(), signal.SIGKILL)
+            if count % 2 == 0 and path is not None:
+                checkpoint.save(run, path)
+
+        return step
+
+    stage.keeper = keeper
+
+
 def killed_in(module: str, name: str, call: int = 1, after: bool = False) -> None:
     """Kill the process at the so-manieth call of a function or method, or `after` it."""
     owner, last, really = _found(module, name)

@@ -19,7 +19,7 @@ import pytest
 
 from a3q import runtime
 from a3q.work import draft_of
-from tests.inside import killed_at_changes, killed_in, killed_in_the_middle_of_a_write, noted, nothing
+from tests.inside import killed_at_changes, killed_in, killed_in_the_middle_of_a_write, noted, nothing, often_kept
 from tests.pico import corpus, write_model
 from tests.processes import Ended, done, start
 
@@ -28,6 +28,7 @@ needs_llama_cpp = pytest.mark.skipif(not runtime.available(), reason="llama.cpp 
 
 QUICK = ("--calib", "text.txt", "--calib-tokens", 1024, "--device", "cpu")
 PLAIN = ("--ranks", "uniform", "--no-report", "--no-verify")
+HEALED = ("--heal", "both", "--heal-tokens", 4096)
 WIDE: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4}
 
 
@@ -60,6 +61,8 @@ CASES = {
     "qwen3": Case(("--quant", "q4_0", *PLAIN), INPUT, {"kind": "qwen3"}),
     "split": Case(("--quant", "f32", "--split-max-size", "1M", *PLAIN), frozenset()),
     "folder": Case(("--dtype", "f32", *PLAIN), frozenset(), command="reduce", output="m"),
+    "healed": Case(("--quant", "q4_0", *HEALED, "--heal-quant", *PLAIN), INPUT, {"num_hidden_layers": 2}),
+    "healed folder": Case(("--dtype", "f32", *HEALED, *PLAIN), frozenset(), {"kind": "gpt_neox"}, "reduce", "m"),
     "heads": Case(("--dtype", "f32", *PLAIN), frozenset(), {"kind": "qwen3"}, "reduce", "m"),
 }
 
@@ -177,6 +180,23 @@ def test_killed_at_every_new_name(sources: Path, tmp_path: Path, name: str) -> N
     labels, found = killed_everywhere(place, "rename")
     assert found == expected
     assert len(labels) >= 6
+
+
+@pytest.mark.parametrize("phase", [1, 2])
+def test_killed_between_two_steps_of_healing(sources: Path, tmp_path: Path, phase: int) -> None:
+    """Everything is kept from time to time, here after every second step, and a run goes on after the last time."""
+    options = ("--quant", "q4_0", "--heal", "full", "--heal-tokens", 65536, "--heal-quant", *PLAIN)
+    place = Place(sources, tmp_path / "run", Case(options, INPUT, {"num_hidden_layers": 2}))
+    expected = once(place)
+    assert place.attempt(partial(often_kept, phase, 3)).code == -signal.SIGKILL
+    kept = {path.name for path in place.work.glob("heal*.safetensors")}
+    assert kept == {
+        "healing-text.safetensors",
+        "heal.safetensors",
+        *(["heal-rounded.safetensors"] if phase == 2 else []),
+    }
+    assert place.attempt(nothing).code == 0
+    assert place.result() == expected
 
 
 POINTS: list[Callable[[], None]] = [

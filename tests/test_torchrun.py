@@ -30,6 +30,11 @@ RUNS: dict[str, tuple[int, dict[str, Any]]] = {
     "layers weighed, rounded": (2, {"quant": "q4_0", "calib": "self", "calib_tokens": 512}),
     "candidates tried, f32": (2, {"quant": "f32", "ranks": "uniform", "ratio": 0.2, "calib_tokens": 1024}),
     "more processes than sequences and heads, f16": (3, {"quant": "f16", "calib_tokens": 128}),
+    "healed, f32": (2, {"quant": "f32", "heal": "both", "heal_tokens": 2048, "calib_tokens": 512}),
+    "healed, rounded": (
+        3,
+        {"quant": "q4_0", "heal": "full", "heal_tokens": 2048, "heal_quant": True, "calib_tokens": 512},
+    ),
     "types chosen": (2, {"bits": 5.0, "ratio": 0.0, "calib_tokens": 512}),
 }
 """Number of processes, and options of `convert`."""
@@ -94,7 +99,10 @@ def environment(folder: Path) -> dict[str, str]:
 
 def options(**given: Any) -> list[str]:
     """As the command line takes them."""
-    return [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    words = []
+    for name, value in given.items():
+        words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+    return words
 
 
 QUIET = ("--device", "cpu", "--no-verify", "--no-report")

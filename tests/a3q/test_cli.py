@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 
 from a3q import InputError, VerifyError, pipeline, runtime, to_gguf
 from a3q.cli import app, main
+from a3q.heal.settings import Healing
 from a3q.inspect import inspect_file
 from a3q.perplexity import evaluate, read_text
 from converters.gguf_writer import write_gguf
@@ -288,6 +289,19 @@ BAD_OPTIONS: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     (("--calib", "none.txt"), ("none.txt", "no such file")),
     (("--calib", "."), (".", "is a folder", "pass a text file")),
     (("--pre", "no-such"), ("no-such",)),
+    (("--heal", "well"), ("--heal well", "none, blocks, full, both")),
+    (("--heal", ""), ("--heal", "none, blocks, full, both")),
+    (("--heal", "full", "--heal-tokens", "0"), ("--heal-tokens 0", "positive")),
+    (("--heal", "blocks", "--heal-tokens", "-5"), ("--heal-tokens -5", "positive")),
+    (("--heal", "both", "--heal-minutes", "0"), ("--heal-minutes 0", "positive")),
+    (("--heal", "full", "--heal-minutes", "nan"), ("--heal-minutes nan", "positive")),
+    (("--heal-tokens", "1000"), ("--heal-tokens and --heal-minutes", "give --heal as well")),
+    (("--heal-minutes", "1"), ("--heal-tokens and --heal-minutes", "give --heal as well")),
+    (("--heal", "full", "--ratio", "0"), ("--heal: nothing is reduced", "--ratio")),
+    (("--heal-quant", "--quant", "4bit", "--ratio", "0"), ("--heal: nothing is reduced", "--ratio")),
+    (("--heal-quant",), ("--heal-quant", "not rounded by gptq or rtn", "--quant")),
+    (("--heal-quant", "--quant", "4bit", "--quantizer", "plain"), ("--heal-quant", "not rounded", "--quantizer")),
+    (("--heal", "blocks", "--method", "paper", "--components", "mlp"), ("--heal with --method paper", "comparison")),
 ]
 
 
@@ -318,6 +332,10 @@ BAD_REDUCE_OPTIONS: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     (("--output", "none/m"), ("none/m", "create none")),
     (("--output", "."), (".", "name of its own")),
     (("--calib", "none.txt"), ("none.txt", "no such file")),
+    (("--heal", "all"), ("--heal all", "none, blocks, full, both")),
+    (("--heal", "full", "--heal-minutes", "-1"), ("--heal-minutes -1", "positive")),
+    (("--heal", "full", "--ratio", "0"), ("--heal: nothing is reduced", "--ratio")),
+    (("--heal", "full", "--heal-quant"), ("--heal-quant: nothing is quantized", "--quant 4bit")),
 ]
 
 
@@ -353,6 +371,8 @@ def test_family_without_a_gguf(a3q: Command, folder: Path) -> None:
         (("--ratio-qk", "half"), "--ratio-qk"),
         (("--calib-tokens", "many"), "--calib-tokens"),
         (("--frobnicate",), "--frobnicate"),
+        (("--heal-tokens", "1e6"), "--heal-tokens"),
+        (("--heal-minutes", "long"), "--heal-minutes"),
     ],
 )
 def test_options_that_cannot_be_parsed(
@@ -628,6 +648,65 @@ def test_reduce_then_convert(a3q: Command, folder: Path, pico: Path, text: Path)
     # The default name says the largest ratio.
     assert done.code == 0, done.err
     assert (folder / "pico-a3q50").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ((), ("none", None, None, False)),
+        (("--heal", "blocks"), ("blocks", None, None, False)),
+        (("--heal", "full", "--heal-tokens", 5_000_000), ("full", 5_000_000, None, False)),
+        (("--heal", "both", "--heal-minutes", 2.5, "--heal-quant"), ("both", None, 2.5, True)),
+        (("--heal-quant",), ("none", None, None, True)),
+    ],
+    ids=lambda value: " ".join(map(str, value)),
+)
+@pytest.mark.parametrize("command", ["convert", "reduce"])
+def test_healing_is_passed_on(
+    a3q: Command,
+    monkeypatch: pytest.MonkeyPatch,
+    pico: Path,
+    command: str,
+    options: tuple[object, ...],
+    expected: tuple[object, ...],
+) -> None:
+    asked: list[object] = []
+
+    def settled(**common: object) -> None:
+        asked.append(common["healing"])
+        raise InputError("enough")
+
+    monkeypatch.setattr("a3q.settings.Settings.of", settled)
+    refused(a3q(command, pico, *options, "--quant", "4bit"), "enough")
+    assert asked == [Healing(*expected)]
+
+
+def test_heal_then_inspect(a3q: Command, folder: Path, pico: Path, text: Path) -> None:
+    """What the files say of it, and for how long that stays true."""
+    heal = ("--heal", "blocks", "--heal-tokens", 1024)
+    done = a3q("convert", pico, *FAST, *heal, "--calib", text, "--quant", "q4_0", "-o", "m.gguf")
+    assert done.code == 0, done.err
+    assert "original → reduced, healed, rounded → written" in done.out
+    assert "healed layer by layer: mean relative distance" in done.out
+    told = {"heal.mode": "blocks", "heal.tokens": "1024", "heal.source": "text.txt"}
+    assert healing_told(folder / "m.gguf") == told | {"heal.quant": "False"}
+    assert re.search(r"heal\.mode +blocks", a3q("inspect", "m.gguf").out)
+    # Written anew, it is still healed; how it was rounded is no longer true.
+    assert a3q("convert", "m.gguf", *FAST, "--ratio", 0, "-o", "again.gguf").code == 0
+    assert healing_told(folder / "again.gguf") == told
+    assert a3q("convert", "m.gguf", *FAST, "--ratio", 0.5, "--calib", text, "-o", "reduced.gguf").code == 0
+    assert healing_told(folder / "reduced.gguf") == {}
+    shared = ("--frequencies", "shared", "--ranks", "uniform")
+    done = a3q("reduce", pico, *QUICK, "--no-report", *shared, *heal, "--calib", text, "-o", "m")
+    assert done.code == 0, done.err
+    assert healing_told(folder / "m") == told
+    assert a3q("convert", "m", *FAST, "--ratio", 0, "-o", "from_folder.gguf").code == 0
+    assert healing_told(folder / "from_folder.gguf") == told
+
+
+def healing_told(path: Path) -> dict[str, str]:
+    """What a file says of its healing."""
+    return {key: value for key, value in inspect_file(path).provenance.items() if key.startswith("heal")}
 
 
 def test_reduce_shows_nothing_but_a3q(a3q: Command, folder: Path, pico: Path, text: Path) -> None:

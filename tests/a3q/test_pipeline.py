@@ -16,12 +16,13 @@ import torch
 
 from a3q import choosing, pipeline
 from a3q.components import Method
-from a3q.dimensions import ALL, Grid, folder_grid, gguf_grid
+from a3q.dimensions import ALL, Grid, folder_grid, gguf_grid, unreduced
 from a3q.errors import InputError
 from a3q.families import COMPONENTS
+from a3q.heal.settings import Healing
 from a3q.model import Model
 from a3q.pipeline import Reduced, run, timed
-from a3q.provenance import provenance
+from a3q.provenance import is_outdated, provenance, rounding_facts
 from a3q.reduce import reduce
 from a3q.settings import Settings, parse_components
 from converters.open import open_model
@@ -369,6 +370,29 @@ def test_provenance_of_some_components(model: Model) -> None:
     assert facts["components"] == ["mlp"]
     assert (facts["ranks"], facts["qk_head_dim"], facts["intermediate_size"]) == ("uniform", 16, 72)
     assert (facts["ratio"], facts["ratio_achieved"]) == (0.25, 0.25)
+
+
+def test_provenance_of_healing(model: Model) -> None:
+    result, _ = reduced(model, ranks="uniform")
+
+    def told(**options: Any) -> dict[str, object]:
+        asked = settings(model, ranks="uniform", **options)
+        found = {**record(result, asked), **rounding_facts(result, asked)}
+        return {key: value for key, value in found.items() if key.startswith("heal")}
+
+    assert told() == {}
+    assert told(healing=Healing("both", tokens=5000)) == {
+        "heal.mode": "both", "heal.source": "text.txt", "heal.tokens": 5000, "heal.quant": False,
+    }  # fmt: skip
+    assert told(healing=Healing(minutes=3, quant=True)) == {
+        "heal.mode": "none", "heal.source": "text.txt", "heal.minutes": 3.0, "heal.quant": True,
+    }  # fmt: skip
+    plain = unreduced(model.family, model.config, settings(model, ratio=0.0).request())
+    gone = {key for key in told(healing=Healing("full", 7, 3)) if is_outdated(key, plain)}
+    assert gone == {"heal.quant"}
+    assert is_outdated("heal.mode", result.plan)
+    assert is_outdated("quantizer.calibration.seed", plain)
+    assert not is_outdated("calibration.seed", result.plan)
 
 
 def test_provenance_of_a_plain_rewrite(model: Model) -> None:

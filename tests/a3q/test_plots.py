@@ -15,7 +15,7 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 
 from a3q import plots
-from a3q.plots import CacheLine, Cell, Point
+from a3q.plots import CacheLine, Cell, Point, Training
 
 POINTS = [
     Point("Q2_K", 50_000_000, 40.0, "plain quantization", 1.5),
@@ -55,6 +55,8 @@ def every_figure() -> dict[str, Figure]:
         "frequencies": plots.kept_frequencies([[1.0, 0.5, 0.0, 1.0]], ["all"]),
         "size": plots.size_against_perplexity(POINTS, FRONT),
         "cache": plots.cache_against_context([CacheLine("original, f16", [512, 1024], [100, 200], True)]),
+        "healing": plots.healing_curve([Training("end to end", [10, 20], [0.2, 0.1], 20, 0.25, 0.12)]),
+        "distances": plots.distances_per_layer([0.02, None, 0.3], [0.01, None, 0.2]),
         "map": plots.tensor_map([Cell(0, "attn_q", 0.01), Cell(2, "ffn_up", 0.1)], "energy lost", percent=True),
     }
 
@@ -101,6 +103,37 @@ def test_sizes() -> None:
     heights = [bar.get_height() for bar in units.patches]  # type: ignore[attr-defined]
     assert heights == [1536, 1536, 1024, 512]
     assert legend(figure.axes[0]) == ["QK", "OV", "original", "MLP"]
+
+
+def test_healing() -> None:
+    first = Training("end to end", [10, 30], [0.3, 0.2], 40, 0.35, 0.21)
+    second = Training("with rounding in the loop", [5], [0.22], 5, 0.25, 0.2)
+    figure = plots.healing_curve([first, second])
+    assert lines(figure) == {
+        "end to end": [(10, 0.3), (30, 0.2)],
+        "with rounding in the loop": [(45, 0.22)],
+        "text not trained on": [(0, 0.35), (40, 0.21), (40, 0.25), (45, 0.2)],
+    }
+    assert legend(only_axes(figure)) == ["end to end", "with rounding in the loop", "text not trained on"]
+    assert (only_axes(figure).get_yscale(), only_axes(figure).get_ylim()[0]) == ("linear", 0)
+    wide = plots.healing_curve([Training("end to end", [10, 30], [3.0, 0.2], 40, math.inf, 0.3)])
+    assert only_axes(wide).get_yscale() == "log"
+    assert lines(wide)["text not trained on"] == [(40, 0.3)]
+
+
+@pytest.mark.parametrize("values", [(), (math.nan,), (0.0, 1.0), (math.inf, 0.1)])
+def test_healing_of_anything(values: tuple[float, ...]) -> None:
+    phase = Training("end to end", range(len(values)), values, 3, math.nan, math.nan)
+    ElementTree.fromstring(plots.to_svg(plots.healing_curve([phase]), "p", ""))
+
+
+def test_distances() -> None:
+    figure = plots.distances_per_layer([0.02, None, 0.03], [0.01, None, 0.03])
+    found = lines(figure)
+    assert (found["reduced"][0], found["healed"][2]) == ((0, 0.02), (2, 0.03))
+    assert math.isnan(found["healed"][1][1])
+    assert only_axes(figure).get_ylim()[0] == 0
+    assert only_axes(plots.distances_per_layer([0.02, 0.5], [0.01, 0.4])).get_yscale() == "log"
 
 
 def test_frequencies() -> None:

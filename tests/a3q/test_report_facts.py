@@ -18,6 +18,7 @@ from a3q.perplexity import Perplexity
 from a3q.report_facts import Facts, facts
 from a3q.settings import Settings
 from a3q.verify import Quality, Verification
+from tests.healed import healed
 from tests.pico import corpus, write_model
 
 SIZE: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256}
@@ -92,6 +93,52 @@ def test_layers(heads: Result, folder: Result) -> None:
                 alone = getattr(new, key) == getattr(old, key)
                 assert layer["energy_lost"][component] == (None if alone else getattr(lost, component.lower()))
         assert any(one is not None for layer in layers for one in layer["energy_lost"].values())
+
+
+def test_healing(heads: Result, folder: Result) -> None:
+    assert facts(heads)["healing"] is None
+    assert all(layer["output_distance"] is None for layer in facts(heads)["layers"])
+    found = facts(healed(folder))
+    check_json(found)
+    assert found["healing"] == {
+        "asked": {"mode": "both", "tokens": None, "minutes": None, "quant": True},
+        "source": "text.txt",
+        "blocks": {"layers": 2, "without_gain": 1, "mean_output_distance": {"before": 0.025, "after": 0.02}},
+        "end_to_end": [
+            {
+                "rounding_in_the_loop": False,
+                "tokens": 26_214_400,
+                "different_tokens": 6_500_000,
+                "seconds": 250.4,
+                "kl_to_original": {"before": 0.297, "after": 0.112},
+                "curve": [
+                    {"tokens": 8_000_000, "seconds": 20_000_000.0, "kl": 0.25},
+                    {"tokens": 26_214_400, "seconds": 65_536_000.0, "kl": 0.1},
+                ],
+            },
+            {
+                "rounding_in_the_loop": True,
+                "tokens": 1_000_000,
+                "different_tokens": 1_000_000,
+                "seconds": 21.0,
+                "kl_to_original": {"before": 0.2, "after": 0.15},
+                "curve": [{"tokens": 1_000_000, "seconds": 21.0, "kl": 0.16}],
+            },
+        ],
+    }
+    assert [layer["output_distance"] for layer in found["layers"]] == [
+        {"before": 0.02, "after": 0.01},
+        {"before": 0.03, "after": 0.03},
+    ]
+    found = facts(healed(heads, blocks=False, phases=1, before=math.nan))
+    check_json(found)
+    assert found["healing"]["blocks"] is None
+    assert found["healing"]["asked"]["mode"] == "full"
+    assert found["healing"]["end_to_end"][0]["kl_to_original"] == {"before": None, "after": 0.112}
+    assert facts(healed(heads, phases=0))["healing"]["end_to_end"] == []
+    without = facts(replace(healed(heads), settings=None))
+    check_json(without)
+    assert without["healing"]["asked"] is None
 
 
 def test_one_list_of_frequencies(heads: Result) -> None:

@@ -24,6 +24,7 @@ from a3q.perplexity import Perplexity
 from a3q.report_facts import facts
 from a3q.report_html import check_reports, render, report_paths, write_reports
 from a3q.verify import Quality, Verification
+from tests.healed import healed
 from tests.pico import corpus, write_model
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)> \"'&{{ 7 * 7 }}$x$"
@@ -203,6 +204,49 @@ def test_hostile_names(heads: Result, folder: Result) -> None:
             ElementTree.fromstring(svg)
 
 
+def test_healing(heads: Result, folder: Result) -> None:
+    for result in (heads, folder):
+        page = page_of(healed(result, source=HOSTILE))
+        check_safe(page)
+        headings = [attributes["id"] for tag, attributes in page.elements if tag == "h2"]
+        quantized = ["quantization"] if result is heads else []
+        assert headings[headings.index("rope") :] == ["rope", "healing", *quantized, "provenance", "time"]
+        for part in (
+            "Healed layer by layer: mean relative distance of the layers' outputs 2.50% → 2.00% on text they had not "
+            "seen; 1 of 2 did not gain.",
+            f"Healed end to end on 26.2M tokens (6.5M different ones, of {' '.join(HOSTILE.split())}) in 4:10: KL",
+            "end to end 26,214,400 6,500,000 4:10 0.297 0.112 with rounding in the loop 1,000,000 1,000,000 0:21 0.2 "
+            "0.15",
+            "On text that was not trained on: end to end 0.297 → 0.112; with rounding in the loop 0.2 → 0.15.",
+            "Mean: 2.5% → 2%.",
+            "Loss while healing",
+            "Healing of each layer",
+            "distance, healed",
+        ):
+            assert part in page.text, part
+        assert re.search(r"2% → 1% 1 32 ", page.text)
+        ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+        assert len(ids) == len(set(ids))
+
+
+def test_healing_of_one_kind(folder: Result) -> None:
+    text = page_of(healed(folder, blocks=False)).text
+    assert "Loss while healing" in text
+    assert "Healing of each layer" not in text
+    assert "distance, healed" not in text
+    text = page_of(healed(folder, phases=0)).text
+    assert "Loss while healing" not in text
+    assert "Healing of each layer" in text
+    broken = page_of(healed(folder, before=math.nan))
+    assert "nan" not in broken.text.split()
+    assert "end to end 26,214,400 6,500,000 4:10 – 0.112" in broken.text
+    # Ended before its first step.
+    result = healed(folder, phases=1)
+    (phase,) = result.job.healed
+    job = replace(result.job, healed=(replace(phase, tokens=0, curve=(), after=math.nan),))
+    assert "Loss while healing" not in page_of(replace(result, job=job)).text
+
+
 def test_running_takes(plain: Result) -> None:
     model, use = plain.original, Use(context=512)
     tensors = [TensorInfo(HOSTILE, "F16", (64, 64), 8192)]
@@ -313,7 +357,7 @@ def test_failures_leave_what_was_there(
 @pytest.mark.parametrize("width", [390, 1200])
 def test_in_a_browser(heads: Result, tmp_path: Path, width: int) -> None:
     """Plots have a size, nothing is wider than the page, and the browser complains of nothing."""
-    result = replace(hostile(heads), path=shutil.copy(heads.path, tmp_path / "m.gguf"))
+    result = replace(hostile(healed(heads)), path=shutil.copy(heads.path, tmp_path / "m.gguf"))
     page, _ = write_reports(result)
     # A frame of that width that reports what is in it; windows have a least width.
     probe = tmp_path / "probe.html"

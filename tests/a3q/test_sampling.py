@@ -1,4 +1,4 @@
-"""Self-written text: seeds, prompts, greedy limits and the distribution of draws."""
+"""Self-written text: seeds, prompts, greedy limits, what follows an end of turn, and the distribution of draws."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from a3q.forward import hidden_states, output_logits
 from a3q.model import Model
-from a3q.sampling import pick, sample
+from a3q.sampling import Following, Given, pick, sample
 from converters.hf_reader import open_huggingface
 from tests.pico import VOCAB, write_model
 from tests.reduced import reduced
@@ -73,6 +73,77 @@ def test_full_prompts_come_back_and_tokens_are_counted(model: Model) -> None:
     assert counts == [3 * 4] + [3] * (LENGTH - 4)
     full = torch.randint(VOCAB, (2, LENGTH), generator=torch.Generator().manual_seed(1))
     assert torch.equal(write(model, prompts=full), full)
+
+
+# What follows an end of turn
+
+
+def followed(chosen: list[int], following: Following) -> list[int]:
+    """A row of what comes out where the model chooses `chosen`, whatever came before."""
+    row: list[int] = []
+    left: list[int] | None = None
+    for token in chosen:
+        row.append(left.pop(0) if left else token)
+        if left is None and token in following.ends:
+            left = list(following.ids)
+    return row
+
+
+def slowly(model: Model, following: Following) -> Tensor:
+    """The same text by whole passes, row by row."""
+    drawn = torch.rand(LENGTH, len(PROMPTS), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    left: list[list[int] | None] = [None] * len(PROMPTS)
+    ids = PROMPTS
+    while ids.shape[1] < LENGTH:
+        logits = output_logits(model, hidden_states(model, ids, CPU)[:, -1], CPU)
+        chosen = pick(logits, 1.0, 1.0, drawn[ids.shape[1]])
+        for b, token in enumerate(chosen.tolist()):
+            if rest := left[b]:
+                chosen[b] = rest.pop(0)
+            elif rest is None and token in following.ends:
+                left[b] = list(following.ids)
+        ids = torch.cat((ids, chosen[:, None]), 1)
+    return ids
+
+
+@pytest.mark.parametrize("ids", [(), (7,), (300, 1, 300, 2)])
+def test_text_follows_the_first_end_of_each_row(model: Model, ids: tuple[int, ...]) -> None:
+    """The model reads what is given; the given ends again end nothing, nor do those it writes later."""
+    following = Following(tuple(range(0, VOCAB, 4)), ids)
+    text = write(model, following=following)
+    assert torch.equal(text, slowly(model, following))
+    assert torch.equal(text, write(model)) == (not ids)
+    assert torch.equal(text, write(model, following=following))
+
+
+def test_rows_that_do_not_end_stay_as_they_are(model: Model) -> None:
+    plain = write(model)
+    here = next(i for i in range(8, LENGTH) if plain[1, i] not in torch.cat([plain[0], plain[2], plain[1, 4:i]]))
+    text = write(model, following=Following((VOCAB + 1, int(plain[1, here])), (3, 5)))
+    assert torch.equal(text[[0, 2]], plain[[0, 2]])
+    assert torch.equal(text[1, : here + 1], plain[1, : here + 1])
+    assert text[1, here + 1 : here + 3].tolist() == [3, 5][: LENGTH - here - 1]
+    # Ends in a prompt are none.
+    only_in_prompts = tuple(set(PROMPTS.flatten().tolist()) - set(plain[:, 4:].flatten().tolist()))
+    assert only_in_prompts
+    assert torch.equal(write(model, following=Following(only_in_prompts, (3, 5))), plain)
+
+
+@pytest.mark.parametrize("ids", [(), (5,), (2, 1, 0, 1)])
+def test_what_is_given_by_the_rule_for_one_row(ids: tuple[int, ...]) -> None:
+    following = Following((1, 2), ids)
+    chosen = torch.randint(6, (30, 50), generator=torch.Generator().manual_seed(0))
+    chosen[:, 0] = 0  # this row never ends
+    given = Given(following, 50, CPU)
+    text = torch.stack([given(tokens) for tokens in chosen])
+    assert text.T.tolist() == [followed(row, following) for row in chosen.T.tolist()]
+
+
+def test_nothing_is_asked_of_the_numbers_themselves() -> None:
+    """On the meta device there are none: a branch on one, or a shape by one, is an error, as in a CUDA graph."""
+    meta = torch.device("meta")
+    given = Given(Following((1, 2), (3, 4)), 5, meta)
+    assert given(torch.empty(5, dtype=torch.int64, device=meta)).shape == (5,)
 
 
 PROBABILITIES = torch.tensor([0.02, 0.4, 0.08, 0.25, 0.05, 0.2])

@@ -1,0 +1,179 @@
+"""Block-wise healing: a reduced layer learns to put out what the original would have, on the inputs it will really see.
+
+Memory of one layer, and no backward pass through any other. The loss is the squared distance of each token's hidden
+state to what it should be, over that one's energy, averaged over the tokens: what follows norms its input, so that a
+token counts the same however large it is.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from a3q import ranks
+from a3q.forward import block, lowered
+from a3q.heal.distill import picked
+from a3q.heal.portions import Portions
+from a3q.heal.schedule import Limit, rate
+from a3q.heal.student import trained_roles
+from a3q.model import Layer, LayerShape, ModelConfig
+
+PEAK = 1e-3
+"""Learning rate."""
+STEP_TOKENS = 4096
+"""Of one step of the optimizer."""
+CHECKS = 12
+"""How often the held-out sequences are looked at."""
+PATIENCE = 3
+"""Looks without a gain after which a layer is done."""
+_FAINT = 1e-6
+"""Energy of a hidden state, over the mean one, that a distance is at least divided by."""
+
+
+@dataclass(frozen=True)
+class BlockLimit:
+    """How long each layer is trained."""
+
+    tokens: int
+    seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class BlockLoss:
+    """Mean relative squared distance on the held-out sequences of a layer before and after it was trained."""
+
+    before: float
+    after: float
+    tokens: int
+    """Trained on."""
+
+
+def heal_block(
+    config: ModelConfig,
+    shape: LayerShape,
+    w: Layer,
+    entry: Tensor,
+    wanted: Tensor,
+    limit: BlockLimit,
+    device: torch.device,
+    dtype: torch.dtype,
+    seed: int,
+    attention_only: bool = False,
+) -> tuple[Layer, BlockLoss, list[str]]:
+    """The weights `w` of a layer trained to make `wanted` of `entry`, both `[B, T, hidden]`; no worse than before.
+
+    Over several processes each has its own sequences, and may have none. The notes say what the user should know.
+    """
+    # Where a reduction runs nothing is recorded for gradients.
+    with torch.inference_mode(False), torch.enable_grad():
+        return _Block(config, shape, w, entry, wanted, device, dtype, seed, attention_only).train(limit)
+
+
+class _Block:
+    def __init__(
+        self,
+        config: ModelConfig,
+        shape: LayerShape,
+        w: Layer,
+        entry: Tensor,
+        wanted: Tensor,
+        device: torch.device,
+        dtype: torch.dtype,
+        seed: int,
+        attention_only: bool,
+    ) -> None:
+        self._config, self._shape, self._device, self._dtype, self._seed = config, shape, device, dtype, seed
+        self._entry, self._wanted = entry, wanted
+        self._w = {role: weight.to(device, torch.float32, copy=True) for role, weight in w.items()}
+        for role in trained_roles(list(w), attention_only):
+            self._w[role].requires_grad_()
+        self._trained = {role: weight for role, weight in self._w.items() if weight.requires_grad}
+        # Every process holds out some of its own, those at the front.
+        held = max(1, len(entry) // 8) if len(entry) > 1 else 0
+        indices = torch.arange(len(entry))
+        self._held, self._own = indices[:held], indices[held:]
+        everyones = torch.tensor([len(self._held), len(self._own)], device=device)
+        ranks.add_up(everyones)
+        self._held_count, self._count = (int(one) for one in everyones.tolist())
+        self._size = min(self._count, max(1, STEP_TOKENS // entry.shape[1]))
+        self._portions = Portions(self._size, device, True, "free some memory, or give shorter text")
+
+    def train(self, limit: BlockLimit) -> tuple[Layer, BlockLoss, list[str]]:
+        """Train, with the held-out sequences as judges."""
+        best = before = self._held_loss()
+        state = {role: weight.detach().clone() for role, weight in self._trained.items()}
+        optimizer = torch.optim.AdamW(self._trained.values(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+        whole, clock = Limit(limit.tokens, limit.seconds), time.monotonic()
+        tokens = step = waited = looks = 0
+        while self._count and waited < PATIENCE and (share := self._share(whole, tokens, clock)) < 1:
+            for group in optimizer.param_groups:
+                group["lr"] = rate(PEAK, share)
+            self._step(step)
+            optimizer.step()
+            step += 1
+            tokens += self._size * self._entry.shape[1]
+            share = self._share(whole, tokens, clock)
+            if math.floor(share * CHECKS) > looks:
+                looks = math.floor(share * CHECKS)
+                loss = self._held_loss()
+                waited = 0 if loss < best else waited + 1
+                if loss < best:
+                    best = loss
+                    state = {role: weight.detach().clone() for role, weight in self._trained.items()}
+        return {**self._w, **state}, BlockLoss(before, best, tokens), self._portions.notes
+
+    def _share(self, limit: Limit, tokens: int, clock: float) -> float:
+        share = torch.tensor(limit.progress(tokens, time.monotonic() - clock), dtype=torch.float64)
+        return float(ranks.agreed(share))
+
+    def _step(self, step: int) -> None:
+        """Gradients of one step in the weights."""
+        mine = len(range(ranks.rank(), self._size, ranks.count())) if len(self._own) else 0
+        rows = self._own[picked(len(self._own), mine, self._seed, step)] if mine else self._own[:0]
+        used = torch.tensor(len(rows), device=self._device)
+        ranks.add_up(used)
+
+        def all_parts() -> Tensor:
+            self._discard()
+            for part in self._portions.of(rows):
+                (self._distance(part) / int(used)).backward()  # type: ignore[no-untyped-call]
+            return used
+
+        self._portions.run(all_parts, self._discard)
+        for weight in self._trained.values():
+            if weight.grad is None:
+                weight.grad = torch.zeros_like(weight)
+        ranks.add_up(*(weight.grad for weight in self._trained.values() if weight.grad is not None))
+        torch.nn.utils.clip_grad_norm_(self._trained.values(), 1.0)
+
+    def _discard(self) -> None:
+        for weight in self._trained.values():
+            weight.grad = None
+
+    @torch.no_grad()
+    def _held_loss(self) -> float:
+        def all_parts() -> Tensor:
+            total = torch.zeros((), device=self._device)
+            for part in self._portions.of(self._held):
+                total += self._distance(part)
+            return total
+
+        total = self._portions.run(all_parts, self._discard)
+        ranks.add_up(total)
+        return float(total) / max(1, self._held_count)
+
+    def _distance(self, rows: Tensor) -> Tensor:
+        """Sum over sequences of the mean relative squared distance of their tokens."""
+        x, wanted = (kept[rows].to(self._device) for kept in (self._entry, self._wanted))
+        through = partial(block, self._config, self._shape)
+        w = lowered(self._w, self._dtype)
+        y = checkpoint(through, w, x, use_reentrant=False) if self._portions.recompute else through(w, x)
+        energy = wanted.square().sum(-1)
+        energy = energy.clamp_min(_FAINT * float(energy.mean()))
+        return ((y - wanted).square().sum(-1) / energy).mean(-1).sum()

@@ -1,0 +1,157 @@
+"""A layer trained by itself: towards what it should put out, never worse than it was."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from a3q.errors import InputError
+from a3q.forward import block
+from a3q.heal import blocks
+from a3q.heal.blocks import BlockLimit, heal_block
+from a3q.model import Layer, Model
+from a3q.reduce import reduce
+from a3q.reduce_layer import Dimensions
+from converters.hf_reader import open_huggingface
+from tests.pico import VOCAB, Kind, write_model
+
+CPU = torch.device("cpu")
+LENGTH = 32
+TEXT = torch.randint(VOCAB, (64, LENGTH), generator=torch.Generator().manual_seed(0))
+LIMIT = BlockLimit(200 * 256)
+
+
+@pytest.fixture(autouse=True)
+def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "STEP_TOKENS", 256)
+
+
+def damaged(layer: Layer) -> Layer:
+    generator = torch.Generator().manual_seed(1)
+    return {
+        role: weight * (1 + 0.2 * torch.randn(weight.shape, generator=generator)) if weight.dim() == 2 else weight
+        for role, weight in layer.items()
+    }
+
+
+def states(model: Model, seed: int = 0, count: int = 64) -> Tensor:
+    return torch.randn(count, LENGTH, model.config.hidden_size, generator=torch.Generator().manual_seed(seed))
+
+
+def distance(y: Tensor, wanted: Tensor) -> float:
+    """Mean over tokens of the squared distance over the energy of what is wanted."""
+    return float(((y - wanted).square().sum(-1) / wanted.square().sum(-1)).mean())
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3", "qwen3", "gpt2", "gpt_neox"])
+@torch.inference_mode()
+def test_a_damaged_layer_comes_back(tmp_path: Path, kind: Kind) -> None:
+    """On states it was not trained on. Reductions run without gradients, and so does this but for the training."""
+    model = open_huggingface(write_model(tmp_path / "m", kind, initializer_range=0.2))
+    config, shape, layer = model.config, model.config.layers[0], model.layers[0]
+    run = partial(block, config, shape)
+    entry = states(model)
+    new, loss, notes = heal_block(config, shape, damaged(layer), entry, run(layer, entry), LIMIT, CPU, torch.float32, 0)
+    fresh = states(model, seed=1)
+    before, after = (distance(run(w, fresh), run(layer, fresh)) for w in (damaged(layer), new))
+    assert loss.before == pytest.approx(before, rel=0.2) and loss.after == pytest.approx(after, rel=0.2)
+    assert after < 0.3 * before
+    assert 0 < loss.tokens <= LIMIT.tokens and notes == []
+    assert all(torch.equal(new[role], layer[role]) for role in layer if role.endswith("norm"))
+
+
+def test_what_does_not_gain_stays(tmp_path: Path) -> None:
+    """Noise cannot be learned; training ends early, and with the weights that it began with."""
+    model = open_huggingface(write_model(tmp_path / "m", "llama", initializer_range=0.2))
+    config, shape, layer = model.config, model.config.layers[0], dict(model.layers[0])
+    entry = states(model)
+    wanted = block(config, shape, layer, entry) + 3 * states(model, seed=2)
+    new, loss, _ = heal_block(config, shape, layer, entry, wanted, LIMIT, CPU, torch.float32, 0)
+    assert loss.after == loss.before and loss.tokens < LIMIT.tokens
+    assert all(torch.equal(new[role], layer[role]) for role in layer)
+
+
+def test_one_sequence_is_trained_on_as_far_as_it_is_held_out(tmp_path: Path) -> None:
+    """Nothing can be judged then, and nothing is changed."""
+    model = open_huggingface(write_model(tmp_path / "m", "llama"))
+    shape, layer, entry = model.config.layers[0], model.layers[0], states(model, count=1)
+    new, loss, _ = heal_block(model.config, shape, damaged(layer), entry, entry, LIMIT, CPU, torch.float32, 0)
+    assert loss.before == loss.after == 0
+    assert all(torch.equal(new[role], weight) for role, weight in damaged(layer).items())
+
+
+def test_only_attention_is_trained_where_the_mlp_stays(tmp_path: Path) -> None:
+    model = open_huggingface(write_model(tmp_path / "m", "llama", initializer_range=0.2))
+    config, shape, layer = model.config, model.config.layers[0], model.layers[0]
+    entry, broken = states(model), damaged(model.layers[0])
+    wanted = block(config, shape, layer, entry)
+    new, _, _ = heal_block(config, shape, broken, entry, wanted, LIMIT, CPU, torch.float32, 0, attention_only=True)
+    moved = {role for role in layer if not torch.equal(new[role], broken[role])}
+    assert moved == {"q", "k", "v", "o"}
+
+
+def test_memory_that_runs_out_changes_nothing_but_speed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = open_huggingface(write_model(tmp_path / "m", "llama", initializer_range=0.2))
+    config, shape, layer = model.config, model.config.layers[0], model.layers[0]
+    entry = states(model)
+    wanted = block(config, shape, layer, entry)
+
+    def healed() -> tuple[Layer, list[str]]:
+        limit = BlockLimit(10 * 256)
+        new, _, notes = heal_block(config, shape, damaged(layer), entry, wanted, limit, CPU, torch.float32, 0)
+        return new, notes
+
+    whole, _ = healed()
+
+    def tight(config: object, shape: object, w: Layer, x: Tensor) -> Tensor:
+        if len(x) > 3:
+            raise torch.OutOfMemoryError
+        return block(model.config, model.config.layers[0], w, x)
+
+    monkeypatch.setattr(blocks, "block", tight)
+    new, notes = healed()
+    assert notes == ["memory ran out on cpu while healing: went on with 2 sequences at once"]
+    for role in layer:
+        torch.testing.assert_close(new[role], whole[role], rtol=1e-3, atol=1e-4)
+
+    def impossible(*_: object) -> Tensor:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(blocks, "block", impossible)
+    with pytest.raises(InputError, match="out of memory on cpu with one sequence"):
+        healed()
+
+
+def test_a_reduction_heals_each_layer_and_goes_on_from_what_is_kept(tmp_path: Path) -> None:
+    """The layers behind are fitted to healed ones; a run that was ended gives the same."""
+    model = open_huggingface(write_model(tmp_path / "m", "llama", initializer_range=0.2))
+    sizes = [Dimensions(shape.qk_head_dim, shape.v_head_dim, 40) for shape in model.config.layers]
+
+    def run(folder: Path | None, limit: BlockLimit | None = LIMIT) -> list[Layer]:
+        found = reduce(model, TEXT, sizes, CPU, 1 << 30, healing=limit, folder=folder)
+        gains = [loss.before_healing - loss.after_healing for loss in found.losses]
+        assert (min(gains) >= 0 and max(gains) > 0) if limit else gains == [0, 0]
+        return list(found.model.layers)
+
+    (tmp_path / "kept").mkdir()
+    plain, healed = run(None, None), run(tmp_path / "kept")
+    assert any(not torch.equal(a["gate"], b["gate"]) for a, b in zip(plain, healed, strict=True))
+    (tmp_path / "kept" / "00001.safetensors").unlink()
+    again = run(tmp_path / "kept")
+    for a, b in zip(healed, again, strict=True):
+        assert all(torch.equal(a[role], b[role]) for role in a)
+
+
+def test_layers_that_are_healed_are_not_rounded_in_the_same_pass(tmp_path: Path) -> None:
+    from a3q.quantize import Quantization
+
+    model = open_huggingface(write_model(tmp_path / "m", "llama"))
+    sizes = [Dimensions.of(shape) for shape in model.config.layers]
+    quantization = replace(Quantization([{}, {}]))
+    with pytest.raises(ValueError, match="another pass"):
+        reduce(model, TEXT, sizes, CPU, 1 << 30, quantization=quantization, healing=LIMIT)
