@@ -87,7 +87,11 @@ class State:
 
 
 def split(tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Training and held-out sequences of `[N, T]`."""
+    """Training and held-out sequences of `[N, T]`; InputError where there are not two."""
+    if len(tokens) < 2:
+        raise InputError(
+            "--heal: one sequence of text is too little to train on and to judge by; give more text (--calib)"
+        )
     held = min(HELD_OUT, max(1, len(tokens) // 8))
     return tokens[held:], tokens[:held]
 

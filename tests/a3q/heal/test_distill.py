@@ -139,6 +139,8 @@ def test_held_out_sequences_are_not_trained_on() -> None:
         text = torch.arange(count)[:, None].expand(-1, 4)
         own, out = split(text)
         assert len(out) == held and sorted([*own[:, 0].tolist(), *out[:, 0].tolist()]) == list(range(count))
+    with pytest.raises(InputError, match="give more text"):
+        split(TEXT[:1])
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3", "qwen3", "gpt2", "gpt_neox", "mpt", "phi3"])
