@@ -186,12 +186,7 @@ def _room(model: Model, device: torch.device) -> int:
     outside = sum(weight.numel() for weight in model.top.values())
     layers = model.parameters() - outside
     needed = 4 * outside + compute_dtype(device, model.config.hidden_size).itemsize * layers
-    if device.type == "cuda":
-        # What earlier stages have given back, and PyTorch keeps, counts as taken.
-        torch.cuda.empty_cache()
-        free = torch.cuda.mem_get_info(device)[0]
-    else:
-        free = free_memory()
+    free = free_memory(device)
     if needed > free:
         raise InputError(
             f"--calib {SELF}: the model needs {needed / 1e9:.1f} GB of memory on {device} to write text itself and "

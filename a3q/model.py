@@ -181,8 +181,12 @@ class Model:
         return layers + sum(weight.numel() for weight in self.top.values())
 
 
-def free_memory() -> int:
-    """Bytes of main memory that a program may take now; a careful guess where the system does not say."""
+def free_memory(device: torch.device | None = None) -> int:
+    """Bytes that a program may take now, of main memory unless told; a careful guess where the system does not say."""
+    if device is not None and device.type == "cuda":
+        # What earlier stages have given back, and PyTorch keeps, counts as taken.
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(device)[0]
     try:
         # Linux counts the file cache, which it gives up when asked, among what is available but not among free pages.
         lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())

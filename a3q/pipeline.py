@@ -165,13 +165,13 @@ def run(
     grid = settings.on(grid)
     request, note = settle(settings.request(), grid, original.family, settings.components is not None)
     notes = [note] if note is not None and request.ratio > 0 else []
+    if settings.healing.any and not request.groups():
+        raise InputError("--heal: nothing is reduced, so there is nothing to heal; give --ratio or leave --heal out")
     needed = bool(request.groups()) or (rounding is not None and rounding.needs_calibration)
     prepared = prepared or prepare(original, settings, device, stages, needed, held_out, digests, work)
     calibration = prepared.calibration if needed else None
     budget = settings.memory_budget if settings.memory_budget is not None else free_memory() // 2
     budget //= ranks.neighbours()
-    if settings.healing.any and not request.groups():
-        raise InputError("--heal: nothing is reduced, so there is nothing to heal; give --ratio or leave --heal out")
     plan = unreduced(original.family, original.config, request)
     tried: tuple[tuple[Plan, float], ...] = ()
     quantization, known = None, None

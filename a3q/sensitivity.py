@@ -206,13 +206,8 @@ def _divergences(
     """
     half = probe.shape[1] // 2
     output = "output" if "output" in model.top else "embed"
-    # Weights are large and the bus is slow: only what is needed travels, in the type that it is kept in.
-    moved = {
-        role: weight.to(device).float()
-        for role, weight in model.top.items()
-        if role == output or role.startswith("final_norm")
-    }
-    model = replace(model, top={**model.top, **moved})
+    used = {role: weight for role, weight in model.top.items() if role == output or role.startswith("final_norm")}
+    model = replace(model, top={**model.top, **to_device(used, device)})
 
     def logits(x: Tensor, rows: slice) -> Tensor:
         hidden = norm(model.config, model.top, "final_norm", x[:, half:].flatten(0, 1)[rows].to(device))

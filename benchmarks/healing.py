@@ -33,12 +33,13 @@ from a3q.heal.blocks import BlockLimit
 from a3q.heal.distill import Point
 from a3q.heal.settings import BLOCK_PASSES, Healing
 from a3q.heal.stage import HealJob, heal, heal_rounded, healing_text
+from a3q.heal.student import ATTENTION
 from a3q.model import Model, pick_device
 from a3q.pipeline import hash_source, timed, windows
 from a3q.progress import Advance, Stages, silent
 from a3q.quantize import Quantization
 from a3q.reduce import Reduction, reduce
-from a3q.reduce_layer import Dimensions
+from a3q.reduce_layer import MLP, Dimensions
 from a3q.sampling import sample
 from a3q.solve.grid import GRIDS
 from benchmarks.common import perplexity
@@ -63,7 +64,6 @@ QUESTIONS = (
 )
 ANSWER = 40
 """Tokens of an answer."""
-MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
 
 
 @dataclass
@@ -158,7 +158,7 @@ class Bench:
         """The same on the grid."""
         grid = GRIDS[self.args.type]
         top = {"embed" if self.model.config.tie_word_embeddings else "output": GRIDS["q8_0"]}
-        each = {role: grid for role in MATRICES if role in found.model.layers[0]}
+        each = {role: grid for role in ATTENTION + MLP if role in found.model.layers[0]}
         same = [Dimensions.of(shape) for shape in found.model.config.layers]
         with stages("quantize", 1.0):
             on_grid = self._reduce(found.model, same, Quantization([each] * len(same), top))

@@ -199,11 +199,6 @@ def _needed(model: Model, original: Model, dtype: torch.dtype, attention_only: b
 
 def free_on(device: torch.device) -> int:
     """Bytes of a device's memory that healing may take now, over several processes where there are the fewest."""
-    if device.type == "cuda":
-        # What earlier stages have given back, and PyTorch keeps, counts as taken.
-        torch.cuda.empty_cache()
-        free, devices = torch.cuda.mem_get_info(device)[0], torch.cuda.device_count()
-    else:
-        free, devices = free_memory(), 1
+    free, devices = free_memory(device), torch.cuda.device_count() if device.type == "cuda" else 1
     own = torch.tensor([free // -(-ranks.neighbours() // devices)])
     return int(ranks.joined_rows(own, ranks.count()).min())

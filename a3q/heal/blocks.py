@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from a3q import ranks
 from a3q.forward import block, lowered
 from a3q.heal.distill import picked
-from a3q.heal.portions import Portions
+from a3q.heal.portions import Portions, discard
 from a3q.heal.schedule import Limit, rate
 from a3q.heal.student import trained_roles
 from a3q.model import Layer, LayerShape, ModelConfig
@@ -139,22 +139,12 @@ class _Block:
         used = torch.tensor(len(rows), device=self._device)
         ranks.add_up(used)
 
-        def all_parts() -> Tensor:
-            self._discard()
-            for part in self._portions.of(rows):
-                (self._distance(part) / int(used)).backward()  # type: ignore[no-untyped-call]
-            return used
+        def loss(part: Tensor) -> Tensor:
+            return self._distance(part) / int(used)
 
-        self._portions.run(all_parts, self._discard)
-        for weight in self._trained.values():
-            if weight.grad is None:
-                weight.grad = torch.zeros_like(weight)
-        ranks.add_up(*(weight.grad for weight in self._trained.values() if weight.grad is not None))
-        torch.nn.utils.clip_grad_norm_(self._trained.values(), 1.0)
-
-    def _discard(self) -> None:
-        for weight in self._trained.values():
-            weight.grad = None
+        weights = list(self._trained.values())
+        self._portions.gradients(weights, rows, loss)
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
 
     @torch.no_grad()
     def _held_loss(self) -> float:
@@ -164,7 +154,7 @@ class _Block:
                 total += self._distance(part)
             return total
 
-        total = self._portions.run(all_parts, self._discard)
+        total = self._portions.run(all_parts, lambda: discard(self._trained.values()))
         ranks.add_up(total)
         return float(total) / max(1, self._held_count)
 

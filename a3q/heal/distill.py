@@ -20,7 +20,7 @@ from a3q import ranks
 from a3q.errors import InputError
 from a3q.forward import block, embed, norm
 from a3q.heal.divergence import divergence
-from a3q.heal.portions import Portions
+from a3q.heal.portions import Portions, discard
 from a3q.heal.schedule import Limit, rate
 from a3q.heal.student import Student
 from a3q.model import Layer, LayerShape, Model, ModelConfig
@@ -209,7 +209,7 @@ class Distillation:
                 total += self._divergence(part) * len(part)
             return total
 
-        total = self.portions.run(all_parts, self._discard)
+        total = self.portions.run(all_parts, lambda: discard(self.parameters))
         ranks.add_up(total)
         return float(total) / len(self._held)
 
@@ -246,25 +246,10 @@ class Distillation:
         """Mean loss on `tokens` `[B, T]`, with its gradient in the parameters."""
         own = tokens[ranks.share(len(tokens))]
 
-        def all_parts() -> Tensor:
-            total = torch.zeros((), device=self._device)
-            self._discard()
-            for part in self.portions.of(own):
-                loss = self._divergence(part) * (len(part) / len(tokens))
-                loss.backward()  # type: ignore[no-untyped-call]
-                total += loss.detach()
-            return total
+        def loss(part: Tensor) -> Tensor:
+            return self._divergence(part) * (len(part) / len(tokens))
 
-        total = self.portions.run(all_parts, self._discard)
-        for parameter in self.parameters:
-            if parameter.grad is None:  # no sequences for this process
-                parameter.grad = torch.zeros_like(parameter)
-        ranks.add_up(total, *(parameter.grad for parameter in self.parameters if parameter.grad is not None))
-        return float(total)
-
-    def _discard(self) -> None:
-        for parameter in self.parameters:
-            parameter.grad = None
+        return float(self.portions.gradients(self.parameters, own, loss))
 
     def _divergence(self, tokens: Tensor) -> Tensor:
         tokens = tokens.to(self._device)

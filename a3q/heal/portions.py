@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from a3q import ranks
 from a3q.batching import out_of_memory
 from a3q.errors import InputError
+
+
+def discard(parameters: Iterable[Tensor]) -> None:
+    """Give up the parameters' gradients."""
+    for parameter in parameters:
+        parameter.grad = None
 
 
 class Portions:
@@ -37,6 +44,28 @@ class Portions:
             # Out of the handler of the error, which holds on to what was computed.
             discard()
             self._take_less()
+
+    def gradients(self, parameters: Sequence[Tensor], sequences: Tensor, loss: Callable[[Tensor], Tensor]) -> Tensor:
+        """The sum of `loss` over the portions of all processes' `sequences`, with its gradient in the parameters.
+
+        Every process has the parameters in the same order; one may have no sequences.
+        """
+
+        def all_portions() -> Tensor:
+            discard(parameters)
+            total = torch.zeros((), device=self._device)
+            for part in self.of(sequences):
+                own = loss(part)
+                own.backward()  # type: ignore[no-untyped-call]
+                total += own.detach()
+            return total
+
+        total = self.run(all_portions, lambda: discard(parameters))
+        found = [torch.zeros_like(one) if one.grad is None else one.grad for one in parameters]
+        ranks.add_up(total, *found)
+        for parameter, gradient in zip(parameters, found, strict=True):
+            parameter.grad = gradient
+        return total
 
     def _take_less(self) -> None:
         if self._size > 1:

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from a3q.forward import lowered
 from a3q.model import Layer, Model
+from a3q.reduce_layer import MLP
 
 ATTENTION = ("q", "k", "v", "o")
-MLP = ("gate", "up", "down")
 
 
 def trained_roles(roles: Sequence[str], attention_only: bool = False) -> list[str]:

@@ -26,20 +26,11 @@ from a3q.reduce import Reduction
 from a3q.store import LayerLosses
 from a3q.work import WorkFolder
 from converters.hf_reader import open_huggingface
-from tests.a3q.heal.test_distill import CPU, LENGTH, TEXT, distillation, kl, with_damage
+from tests.a3q.heal.test_distill import distillation, kl
+from tests.damaged import CPU, LENGTH, TEXT
 from tests.pico import Kind, write_model
 
 KINDS = pytest.mark.parametrize("kind", ["llama", "gemma3", "gpt2", "opt", "phi3", "mpt"])
-
-
-@pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> Model:
-    return open_huggingface(write_model(tmp_path_factory.mktemp("heal"), "llama", initializer_range=0.2))
-
-
-@pytest.fixture(scope="module")
-def smaller(original: Model) -> Model:
-    return with_damage(original)
 
 
 def merged(student: LowRankStudent) -> Model:

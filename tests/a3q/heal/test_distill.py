@@ -20,43 +20,10 @@ from a3q.heal.distill import BROKEN, Distillation, Group, Recipe, Teacher, final
 from a3q.heal.divergence import divergence
 from a3q.heal.schedule import Limit, rate
 from a3q.heal.student import FullStudent, Student, trained_roles
-from a3q.model import Layer, Model
-from a3q.reduce import reduce
-from a3q.reduce_layer import Dimensions
+from a3q.model import Model
 from converters.hf_reader import open_huggingface
-from tests.pico import VOCAB, Kind, write_model
-
-CPU = torch.device("cpu")
-LENGTH = 32
-TEXT = torch.randint(VOCAB, (520, LENGTH), generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> Model:
-    return open_huggingface(write_model(tmp_path_factory.mktemp("heal"), "llama", initializer_range=0.2))
-
-
-@pytest.fixture(scope="module")
-def smaller(original: Model) -> Model:
-    return with_damage(original)
-
-
-def with_damage(original: Model) -> Model:
-    """With half of each MLP, and damage that more text can mend: of a random model, a reduction leaves little."""
-    sizes = [
-        Dimensions(shape.qk_head_dim, shape.v_head_dim, shape.intermediate_size // 2)
-        for shape in original.config.layers
-    ]
-    found = reduce(original, TEXT[:32], sizes, CPU, 1 << 30).model
-    generator = torch.Generator().manual_seed(1)
-
-    def damaged(layer: Layer) -> Layer:
-        factors = {
-            role: 1 + 0.3 * torch.randn(w.shape, generator=generator) for role, w in layer.items() if w.dim() == 2
-        }
-        return {role: weight * factors.get(role, 1) for role, weight in layer.items()}
-
-    return replace(found, layers=[damaged(layer) for layer in found.layers])
+from tests.damaged import CPU, LENGTH, TEXT
+from tests.pico import Kind, write_model
 
 
 def distillation(

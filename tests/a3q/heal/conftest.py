@@ -1,0 +1,20 @@
+"""What the tests of healing share."""
+
+from __future__ import annotations
+
+import pytest
+
+from a3q.model import Model
+from converters.hf_reader import open_huggingface
+from tests.damaged import with_damage
+from tests.pico import write_model
+
+
+@pytest.fixture(scope="session")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    return open_huggingface(write_model(tmp_path_factory.mktemp("heal"), "llama", initializer_range=0.2))
+
+
+@pytest.fixture(scope="session")
+def smaller(original: Model) -> Model:
+    return with_damage(original)
