@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from a3q.errors import InputError
+from a3q.model import free_memory
 
 _ROOMY = Path("/var/tmp")
 """Where large temporary files belong on Unix; `/tmp` is often in main memory itself."""
@@ -40,8 +41,8 @@ class Room:
         """
         size = 4 * prod(shape)
         if self._device.type == "cuda":
-            free, total = torch.cuda.mem_get_info(self._device)
-            if size + total // _GPU_SPARE < free:
+            total = torch.cuda.get_device_properties(self._device).total_memory
+            if size + total // _GPU_SPARE < free_memory(self._device):
                 return torch.empty(shape, device=self._device)
         if size <= self._left:
             self._left -= size

@@ -186,7 +186,7 @@ def _place(model: Model, device: torch.device) -> torch.device | None:
     A model may be larger than memory, since a3q itself reads it layer by layer.
     """
     needed = 8 * model.parameters()
-    if device.type == "cuda" and needed < torch.cuda.mem_get_info(device)[0]:
+    if device.type == "cuda" and needed < free_memory(device):
         return device
     return torch.device("cpu") if needed < free_memory() else None
 

@@ -133,3 +133,16 @@ def test_memory_is_left_for_the_layers(tmp_path: Path, monkeypatch: pytest.Monke
         assert stream.entry is not None
         kept += [stream.x, stream.entry]
     assert all(tensor.device == CPU for tensor in kept)
+
+
+def test_memory_that_pytorch_keeps_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What earlier stages have given back to PyTorch, not to the device, can hold hidden states; this needs no GPU."""
+    total = 24 << 30
+    free = [total // 4]
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=total))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free[0], total))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: free.__setitem__(0, total))
+    devices = []
+    monkeypatch.setattr(torch, "empty", lambda shape, device=CPU: devices.append(device))
+    Room(0, torch.device("cuda")).empty(4, 16)
+    assert devices == [torch.device("cuda")]
