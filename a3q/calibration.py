@@ -148,14 +148,12 @@ class Writer:
         self._model, self._length, self._device, self._on_tokens = model, length, device, on_tokens
         self._free = _room(model, device)
 
-    def batches(
-        self, prompts: Tensor, seed: int, following: Following | None = None, most: int | None = None
-    ) -> Iterator[Tensor]:
-        """Texts that begin with the rows of `prompts` `[count, P]`, `most` at a time: int64 `[b, length]` (CPU).
+    def batches(self, prompts: Tensor, seed: int, following: Following | None = None) -> Iterator[Tensor]:
+        """Texts that begin with the rows of `prompts` `[count, P]`: int64 `[b, length]` (CPU).
 
         As many seeds are used up as there are prompts.
         """
-        batch = min(self._side_by_side(prompts.shape[1]), most or len(prompts))
+        batch = min(self._side_by_side(prompts.shape[1]), len(prompts))
         for start in range(0, len(prompts), batch):
             yield sample(
                 self._model,

@@ -103,7 +103,8 @@ class Rope:
         cos, sin = self.cos, self.sin
         if len(cos) not in (1, x.shape[1]):
             cos, sin = (part.repeat_interleave(x.shape[1] // len(part), dim=0) for part in (cos, sin))
-        re, im, rest = x[..., :m], x[..., m : 2 * m], x[..., 2 * m :]
+        # The gradient of one split is one tensor, that of three slices three of them, mostly zeros.
+        re, im, rest = x.split_with_sizes((m, m, x.shape[-1] - 2 * m), dim=-1)
         return torch.cat((re * cos - im * sin, im * cos + re * sin, rest), dim=-1)
 
 
@@ -221,6 +222,9 @@ def attention_inner(
     B, T, _ = x.shape
     start, capacity = (0, T) if cache is None else (cache.start, cache.capacity)
 
+    # Once, not by each of the three products.
+    x = x.to(w["q"].dtype)
+
     def heads(name: str, count: int, size: int) -> Tensor:
         return _linear(w, name, x).view(B, T, count, size).transpose(1, 2)
 
@@ -280,6 +284,7 @@ def attention(
 def mlp_inner(config: ModelConfig, w: Layer, x: Tensor) -> Tensor:
     """What the down projection of the MLP on normed `x` reads, `[B, T, F]`."""
     activation = _ACTIVATIONS[config.activation]
+    x = x.to(w["up"].dtype)
     m = _linear(w, "up", x)
     return activation(_linear(w, "gate", x)) * m if "gate" in w else activation(m)
 

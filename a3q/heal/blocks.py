@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from a3q import ranks
 from a3q.forward import block, lowered
-from a3q.heal.distill import picked
+from a3q.heal.distill import BROKEN, picked
 from a3q.heal.portions import Portions, discard
 from a3q.heal.schedule import Limit, rate
 from a3q.heal.student import trained_roles
@@ -32,6 +32,8 @@ CHECKS = 12
 """How often the held-out sequences are looked at."""
 PATIENCE = 3
 """Looks without a gain after which a layer is done."""
+_EXACT = 1e-5
+"""Distance below which there is nothing to win: that of a layer which stays, behind others that do, in bfloat16."""
 _FAINT = 1e-6
 """Energy of a hidden state, over the mean one, that a distance is at least divided by."""
 
@@ -110,12 +112,16 @@ class _Block:
         state = {role: weight.detach().clone() for role, weight in self._trained.items()}
         optimizer = torch.optim.AdamW(self._trained.values(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)
         whole, clock = Limit(limit.tokens, limit.seconds), time.monotonic()
-        tokens = step = waited = looks = 0
-        while self._count and waited < PATIENCE and (share := self._share(whole, tokens, clock)) < 1:
+        tokens = step = waited = looks = broken = 0
+        while self._count and best > _EXACT and waited < PATIENCE and (share := self._share(whole, tokens, clock)) < 1:
             for group in optimizer.param_groups:
                 group["lr"] = rate(PEAK, share)
-            self._step(step)
-            optimizer.step()
+            broken = 0 if self._step(step) else broken + 1
+            if broken == BROKEN:
+                self._portions.notes.append("a layer's healing was ended early, since gradients were no numbers")
+                break
+            if not broken:
+                optimizer.step()
             step += 1
             tokens += self._size * self._entry.shape[1]
             share = self._share(whole, tokens, clock)
@@ -132,8 +138,8 @@ class _Block:
         share = torch.tensor(limit.progress(tokens, time.monotonic() - clock), dtype=torch.float64)
         return float(ranks.agreed(share))
 
-    def _step(self, step: int) -> None:
-        """Gradients of one step in the weights."""
+    def _step(self, step: int) -> bool:
+        """Gradients of one step in the weights; whether they are numbers."""
         mine = len(range(ranks.rank(), self._size, ranks.count())) if len(self._own) else 0
         rows = self._own[picked(len(self._own), mine, self._seed, step)] if mine else self._own[:0]
         used = torch.tensor(len(rows), device=self._device)
@@ -144,7 +150,7 @@ class _Block:
 
         weights = list(self._trained.values())
         self._portions.gradients(weights, rows, loss)
-        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        return bool(torch.isfinite(torch.nn.utils.clip_grad_norm_(weights, 1.0)))
 
     @torch.no_grad()
     def _held_loss(self) -> float:

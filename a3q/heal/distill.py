@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from a3q import ranks
 from a3q.errors import InputError
 from a3q.forward import block, embed, norm
-from a3q.heal.divergence import divergence
+from a3q.heal.divergence import Slice, divergence, slice_divergence
 from a3q.heal.portions import Portions, discard
 from a3q.heal.schedule import Limit, rate
 from a3q.heal.student import Student
@@ -161,13 +161,14 @@ class Distillation:
         dtype: torch.dtype,
         seed: int,
         recipe: Recipe = Recipe(),
+        of_slice: Slice = slice_divergence,
     ) -> None:
-        """`tokens` `[N, T]`, of which some are held out."""
+        """`tokens` `[N, T]`, of which some are held out. `of_slice`: `slice_divergence` or what does the same."""
         self.state = State()
         self._tokens, self._held = split(tokens)
         self._teacher, self._student, self._groups = teacher, student, groups
         self._limit, self._seed, self._recipe = limit, seed, recipe
-        self._device, self._dtype = device, dtype
+        self._device, self._dtype, self._of_slice = device, dtype, of_slice
         self._reduced = replace(student.model, top=teacher.shared(student.model.top))
         self._output, self._teacher_output = (one.output.to(device, dtype) for one in (self._reduced, teacher.model))
         step = recipe.step_tokens if limit.tokens is None else min(recipe.step_tokens, limit.tokens)
@@ -206,7 +207,8 @@ class Distillation:
         def all_parts() -> Tensor:
             total = torch.zeros((), device=self._device)
             for part in self.portions.of(own):
-                total += self._divergence(part) * len(part)
+                # Not what is compiled, which follows the shapes that come first: a run that goes on begins with others.
+                total += self._divergence(part, slice_divergence) * len(part)
             return total
 
         total = self.portions.run(all_parts, lambda: discard(self.parameters))
@@ -247,17 +249,17 @@ class Distillation:
         own = tokens[ranks.share(len(tokens))]
 
         def loss(part: Tensor) -> Tensor:
-            return self._divergence(part) * (len(part) / len(tokens))
+            return self._divergence(part, self._of_slice) * (len(part) / len(tokens))
 
         return float(self.portions.gradients(self.parameters, own, loss))
 
-    def _divergence(self, tokens: Tensor) -> Tensor:
+    def _divergence(self, tokens: Tensor, of_slice: Slice) -> Tensor:
         tokens = tokens.to(self._device)
         with torch.no_grad():
             wanted = final_states(self._teacher.model, self._teacher.layer, tokens)
         states = final_states(self._reduced, self._student.layer, tokens, self.portions.recompute)
         flat, wanted = (x.to(self._dtype).flatten(0, 1) for x in (states, wanted))
-        return divergence(flat, self._output, wanted, self._teacher_output)
+        return divergence(flat, self._output, wanted, self._teacher_output, of_slice)
 
     def _note(self, loss: float) -> None:
         """Add to the curve, in even distances of the whole run."""

@@ -16,6 +16,8 @@ from a3q.forward import compute_dtype, to_device
 from a3q.heal.adapters import LowRankStudent, free_on, student_for
 from a3q.heal.checkpoint import keeper, restore, save
 from a3q.heal.distill import Distillation, Group, Point, Recipe, Teacher
+from a3q.heal.divergence import slice_divergence
+from a3q.heal.fused import FusedDivergence, pays
 from a3q.heal.rounding import RoundedStudent
 from a3q.heal.schedule import Limit
 from a3q.heal.settings import Healing
@@ -173,7 +175,8 @@ def _train(
     title = "heal rounded" if rounded else "heal"
     recipe = Recipe(step_tokens=STEP_TOKENS[job.device.type])
     teacher = Teacher(job.original, job.device, job.dtype)
-    run = Distillation(teacher, student, groups, text, limit, job.device, job.dtype, job.seed, recipe)
+    of_slice = FusedDivergence() if pays(limit, job.device) else slice_divergence
+    run = Distillation(teacher, student, groups, text, limit, job.device, job.dtype, job.seed, recipe, of_slice)
     # On the other processes the path says only that there is one.
     path = ranks.same_object(None if job.work is None else job.work.path / f"{title.replace(' ', '-')}.safetensors")
     with job.stages(title, 1.0) as advance:
@@ -226,7 +229,7 @@ def healing_text(job: HealJob) -> Tensor:
                     seed=job.seed,
                     device=job.device,
                     on_tokens=advance,
-                    deadline=lambda: time.monotonic() > end,
+                    over=lambda: time.monotonic() > end,
                 )
             if job.held_out is not None and any(source != SELF for source in job.sources):
                 known = without(known, job.held_out)

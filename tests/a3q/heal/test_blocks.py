@@ -85,6 +85,40 @@ def test_one_sequence_is_trained_on_as_far_as_it_is_held_out(tmp_path: Path) -> 
     assert all(torch.equal(new[role], weight) for role, weight in damaged(layer).items())
 
 
+@pytest.mark.parametrize(("bad", "ended"), [(blocks.BROKEN - 1, False), (1 << 20, True)])
+def test_steps_without_numbers_are_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: int, ended: bool
+) -> None:
+    """A few cost nothing but their time; when there is no end of them, the layer stays as it is."""
+    model = open_huggingface(write_model(tmp_path / "m", "llama", initializer_range=0.2))
+    config, shape, layer = model.config, model.config.layers[0], model.layers[0]
+    entry = states(model)
+    wanted = block(config, shape, layer, entry)
+    calls = 0
+
+    def broken(config: object, shape: object, w: Layer, x: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        # The first is the look at what is held out.
+        y = block(model.config, model.config.layers[0], w, x)
+        return y * torch.nan if 2 <= calls < 2 + bad else y
+
+    monkeypatch.setattr(blocks, "block", broken)
+    new, loss, notes = heal_block(config, shape, damaged(layer), entry, wanted, LIMIT, CPU, torch.float32, 0)
+    assert all(bool(torch.isfinite(weight).all()) for weight in new.values())
+    assert notes == (["a layer's healing was ended early, since gradients were no numbers"] if ended else [])
+    assert (loss.after == loss.before) == ended
+
+
+def test_a_layer_that_is_right_is_not_trained(tmp_path: Path) -> None:
+    model = open_huggingface(write_model(tmp_path / "m", "llama", initializer_range=0.2))
+    config, shape, layer = model.config, model.config.layers[0], model.layers[0]
+    entry = states(model)
+    wanted = block(config, shape, layer, entry)
+    new, loss, _ = heal_block(config, shape, layer, entry, wanted, LIMIT, CPU, torch.float32, 0)
+    assert loss.tokens == 0 and all(torch.equal(new[role], layer[role]) for role in layer)
+
+
 def test_only_attention_is_trained_where_the_mlp_stays(tmp_path: Path) -> None:
     model = open_huggingface(write_model(tmp_path / "m", "llama", initializer_range=0.2))
     config, shape, layer = model.config, model.config.layers[0], model.layers[0]

@@ -17,7 +17,7 @@ from a3q.forward import hidden_states, output_logits
 from a3q.heal import divergence as divergence_module
 from a3q.heal.checkpoint import restore, save
 from a3q.heal.distill import BROKEN, Distillation, Group, Recipe, Teacher, final_states, picked, split
-from a3q.heal.divergence import divergence
+from a3q.heal.divergence import Slice, divergence
 from a3q.heal.schedule import Limit, rate
 from a3q.heal.student import FullStudent, Student, trained_roles
 from a3q.model import Model
@@ -157,8 +157,8 @@ def test_smaller_portions_make_the_same_gradient(original: Model, smaller: Model
     run = distillation(original, smaller, steps=1)
     divergence_of, limit = run._divergence, 3
 
-    def tight(tokens: Tensor) -> Tensor:
-        found = divergence_of(tokens)
+    def tight(tokens: Tensor, of_slice: Slice) -> Tensor:
+        found = divergence_of(tokens, of_slice)
         if len(tokens) > limit or (limit == 0 and not run.portions.recompute):
             found.backward()  # type: ignore[no-untyped-call]  # what is left of a failed attempt must not count
             raise torch.OutOfMemoryError
@@ -170,7 +170,7 @@ def test_smaller_portions_make_the_same_gradient(original: Model, smaller: Model
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-6)
     assert run.portions.notes == ["memory ran out on cpu while healing: went on with 2 sequences at once"]
 
-    def impossible(tokens: Tensor) -> Tensor:
+    def impossible(tokens: Tensor, of_slice: Slice) -> Tensor:
         raise torch.OutOfMemoryError
 
     run._divergence = impossible  # type: ignore[method-assign]
@@ -183,11 +183,11 @@ def test_steps_without_numbers_are_left_out(original: Model, smaller: Model) -> 
     run = distillation(original, smaller, steps=BROKEN + 4)
     divergence_of, calls = run._divergence, 0
 
-    def broken(tokens: Tensor) -> Tensor:
+    def broken(tokens: Tensor, of_slice: Slice) -> Tensor:
         nonlocal calls
         calls += 1
         # The first is the look at the held-out text.
-        return divergence_of(tokens) * (math.nan if 2 < calls < BROKEN + 2 else 1)
+        return divergence_of(tokens, of_slice) * (math.nan if 2 < calls < BROKEN + 2 else 1)
 
     run._divergence = broken  # type: ignore[method-assign]
     run.train(lambda _: None)
@@ -195,7 +195,7 @@ def test_steps_without_numbers_are_left_out(original: Model, smaller: Model) -> 
     assert all(bool(torch.isfinite(parameter).all()) for parameter in run.parameters)
     assert all(math.isfinite(point.loss) for point in run.state.curve)
     run = distillation(original, smaller, steps=BROKEN + 4)
-    run._divergence = lambda tokens: divergence_of(tokens) * math.nan  # type: ignore[method-assign]
+    run._divergence = lambda tokens, of_slice: divergence_of(tokens, of_slice) * math.nan  # type: ignore[method-assign]
     with pytest.raises(InputError, match=f"no numbers in {BROKEN} steps one after another"):
         run.train(lambda _: None)
 
