@@ -25,6 +25,7 @@ from a3q.errors import InputError
 from a3q.heal.blocks import BlockLimit
 from a3q.heal.settings import BLOCK_PASSES, Healing
 from a3q.heal.stage import Healed, HealJob, heal, heal_rounded, healing_text
+from a3q.heal.text import own_calibration
 from a3q.model import Model, ModelConfig, Source, free_memory, pick_device
 from a3q.progress import Advance, Stages, for_each
 from a3q.quantize import Quantization
@@ -35,6 +36,8 @@ from a3q.work import WorkFolder
 
 WINDOWS = {"cpu": (40, 1024), "cuda": (128, 2048)}
 """Calibration sequences and their length where the user names no number of tokens."""
+TRAINED_ON = {"cpu": (160, 1024), "cuda": (128, 2048)}
+"""The same where layers are trained on them: on 40 × 1024 tokens SmolLM2's gain little on text that they do not see."""
 CHECK_ONLY = (1, 256)
 """The same where nothing is reduced and the text only serves the check."""
 FEW_TOKENS = 8
@@ -100,14 +103,15 @@ def prepare(
     digests = digests or hash_source(original.source, stages)
     if not needed and not held_out:
         return Prepared(digests, None)
-    size = windows(original, device, settings.calib_tokens)
+    trained_on = settings.healing.blocks
+    size = windows(original, device, settings.calib_tokens, trained_on)
     if not needed:
         size = CHECK_ONLY[0], min(CHECK_ONLY[1], size[1])
 
     def text() -> Calibration:
         known = None if work is None else work.calibration()
         if known is None:
-            known = calibrate(original, settings.calib, size, settings.seed, device, stages)
+            known = calibrate(original, settings.calib, size, settings.seed, device, stages, trained_on)
             if work is not None:
                 work.keep_calibration(known)
         return known
@@ -332,9 +336,9 @@ def hash_source(source: Source, stages: Stages) -> list[str]:
         return ranks.by_first(digests)
 
 
-def windows(model: Model, device: torch.device, tokens: int | None) -> tuple[int, int]:
-    """Number and length of calibration sequences."""
-    count, length = WINDOWS[device.type]
+def windows(model: Model, device: torch.device, tokens: int | None, trained_on: bool = False) -> tuple[int, int]:
+    """Number and length of calibration sequences, more of them where layers are to be trained on them."""
+    count, length = (TRAINED_ON if trained_on else WINDOWS)[device.type]
     length = min(length, model.config.max_position_embeddings)
     if tokens is not None:
         count = -(-tokens // length)
@@ -342,9 +346,18 @@ def windows(model: Model, device: torch.device, tokens: int | None) -> tuple[int
 
 
 def calibrate(
-    model: Model, sources: Sequence[str], size: tuple[int, int], seed: int, device: torch.device, stages: Stages
+    model: Model,
+    sources: Sequence[str],
+    size: tuple[int, int],
+    seed: int,
+    device: torch.device,
+    stages: Stages,
+    trained_on: bool = False,
 ) -> Calibration:
-    """Text of all `sources` together, `size` sequences and tokens in each."""
+    """Text of all `sources` together, `size` sequences and tokens in each.
+
+    What layers are to be trained on the model writes as for healing end to end.
+    """
     total, length = size
     parts = []
     for i, source in enumerate(sources):
@@ -352,7 +365,8 @@ def calibrate(
         by_itself = source == SELF
         title = "write calibration text" if by_itself else "read calibration text"
         with stages(title, (count + HELD_OUT) * length if by_itself else 1.0) as advance:
-            parts.append(calibration_tokens(model, source, count, length, seed=seed, device=device, on_tokens=advance))
+            write = own_calibration if by_itself and trained_on else partial(calibration_tokens, source=source)
+            parts.append(write(model, count=count, length=length, seed=seed, device=device, on_tokens=advance))
     calibration = mixed(parts)
     # Learned positions end where the context does.
     return replace(calibration, held_out=calibration.held_out[:, : model.config.max_position_embeddings].contiguous())

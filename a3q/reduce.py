@@ -18,7 +18,7 @@ from a3q.components import Method, spread_norms
 from a3q.errors import InputError
 from a3q.fit import CORRECTION, InputMoments
 from a3q.forward import block, compute_dtype, embed, lowered, norm, to_device
-from a3q.heal.blocks import BlockLimit, heal_block
+from a3q.heal.blocks import BlockLimit, BlockLoss, Distance, PredictionDistance, heal_block, relative_distance
 from a3q.model import Layer, LayerShape, Model, ModelConfig
 from a3q.quantize import LayerRounding, Quantization
 from a3q.reduce_layer import Dimensions, Streams, pass_on, reduce_fitted, reduce_plainly
@@ -258,7 +258,10 @@ class _Run:
         streams: Streams,
         limit: BlockLimit,
     ) -> tuple[Layer, LayerLosses]:
-        """The reduced layer trained towards the same target as its last refit; the reduced stream is put behind it."""
+        """The reduced layer trained towards the same target as its last refit; the reduced stream is put behind it.
+
+        The last layer then learns to predict what the original does.
+        """
         config, entry, outputs, reduced = self.model.config, self._entry, streams.outputs, streams.reduced
         low = lowered(w, streams.dtype)
 
@@ -268,11 +271,22 @@ class _Run:
             outputs[part] = wanted.to(outputs.device)
 
         streams.each(aim)
-        args = reduced.config, new_shape, new, entry, outputs, limit, self.device, streams.dtype, self._seed + i
-        healed, loss, self._healing_notes = heal_block(*args, attention_only=self.mlp_stays)
+
+        def train(new: Layer, distance: Distance) -> tuple[Layer, BlockLoss]:
+            args = reduced.config, new_shape, new, entry, outputs, limit, self.device, streams.dtype, self._seed + i
+            healed, loss, notes = heal_block(*args, attention_only=self.mlp_stays, distance=distance)
+            self._healing_notes = notes or self._healing_notes
+            return healed, loss
+
+        new, loss = train(new, relative_distance)
+        losses = dataclasses.replace(losses, before_healing=loss.before, after_healing=loss.after)
+        if i == self.model.config.num_hidden_layers - 1:
+            outputs.copy_(streams.reference.x)
+            new, loss = train(new, PredictionDistance(self.model, self.device, streams.dtype))
+            losses = dataclasses.replace(losses, before_predictions=loss.before, after_predictions=loss.after)
         reduced.x.copy_(entry)
-        pass_on(reduced, streams.batches, new_shape, lowered(healed, streams.dtype))
-        return healed, dataclasses.replace(losses, before_healing=loss.before, after_healing=loss.after)
+        pass_on(reduced, streams.batches, new_shape, lowered(new, streams.dtype))
+        return new, losses
 
     def pass_through(self, shape: LayerShape, w: Layer, new_shape: LayerShape, new: Layer) -> None:
         """Move the hidden states on through a layer that was reduced before."""

@@ -7,7 +7,7 @@ that was not trained on.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -39,7 +39,7 @@ def healing_facts(result: Result) -> Facts | None:
     return {
         "asked": None if healing is None else asdict(healing),
         "source": None if calibration is None else calibration.source,
-        "blocks": None if not found else _blocks(found),
+        "blocks": None if not found else {**_blocks(found), "predictions": _predictions(result.job.reduction.losses)},
         "end_to_end": [_phase(one) for one in phases],
     }
 
@@ -50,6 +50,13 @@ def _blocks(found: list[dict[str, float]]) -> Facts:
         "without_gain": sum(pair["after"] >= pair["before"] for pair in found),
         "mean_output_distance": {when: sum(pair[when] for pair in found) / len(found) for when in WHEN},
     }
+
+
+def _predictions(losses: Sequence[LayerLosses]) -> dict[str, float] | None:
+    """KL before and after the last layer was trained by its predictions; None: it was not."""
+    last = losses[-1]
+    pair = {"before": last.before_predictions, "after": last.after_predictions}
+    return pair if any(pair.values()) else None
 
 
 def _phase(one: Healed) -> Facts:
@@ -73,6 +80,9 @@ def healing_lines(facts: Facts) -> Iterator[str]:
             f"healed layer by layer: mean relative distance of the layers' outputs {_share(mean['before'])} → "
             f"{_share(mean['after'])} on text they had not seen{without}"
         )
+        if (kl := blocks["predictions"]) is not None:
+            pair = f"{_nats(kl['before'])} → {_nats(kl['after'])}"
+            yield f"healed the last layer by what the model predicts: KL to the original {pair}"
     for one in facts["end_to_end"]:
         all_of_it = one["different_tokens"] == one["tokens"]
         different = "all different" if all_of_it else f"{count(one['different_tokens'])} different ones"

@@ -31,6 +31,9 @@ class LayerLosses:
     before_healing: float = 0.0
     """Relative squared distance of the layer's output to what it should be, on sequences that healing did not see."""
     after_healing: float = 0.0
+    before_predictions: float = 0.0
+    """KL divergence (nats) of the predictions on them, where the last layer was trained by these in the end."""
+    after_predictions: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from a3q.calibration import SELF, calibration_tokens
+from a3q.calibration import SELF, Calibration
 from a3q.choosing import Choice, choose
 from a3q.components import Method
 from a3q.dimensions import ALL, Request, gguf_grid
@@ -35,7 +35,7 @@ from a3q.heal.settings import BLOCK_PASSES, Healing
 from a3q.heal.stage import HealJob, heal, heal_rounded, healing_text
 from a3q.heal.student import ATTENTION
 from a3q.model import Model, pick_device
-from a3q.pipeline import hash_source, timed, windows
+from a3q.pipeline import calibrate, hash_source, timed, windows
 from a3q.progress import Advance, Stages, silent
 from a3q.quantize import Quantization
 from a3q.reduce import Reduction, reduce
@@ -100,10 +100,16 @@ class Bench:
         self.name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
         self.path: Path = args.out / "healing.json"
         self.rows: list[dict[str, object]] = json.loads(self.path.read_text()) if self.path.exists() else []
-        count, length = windows(model, self.device, args.calib_tokens)
-        start = time.monotonic()
-        self.calibration = calibration_tokens(self.model, SELF, count, length, seed=0, device=self.device)
-        self.calibrated = time.monotonic() - start
+        self._calibrations: dict[bool, Calibration] = {}
+
+    def calibration(self, blocks: bool) -> Calibration:
+        """As `a3q convert` has it, with or without training layers on it."""
+        if blocks not in self._calibrations:
+            size = windows(self.model, self.device, self.args.calib_tokens, blocks)
+            start = time.monotonic()
+            self._calibrations[blocks] = calibrate(self.model, [SELF], size, 0, self.device, silent, blocks)
+            print(f"calibration text: {time.monotonic() - start:.0f} s", flush=True)
+        return self._calibrations[blocks]
 
     def add(self, row: Row) -> None:
         """Note a row and say it."""
@@ -119,30 +125,31 @@ class Bench:
         """Perplexity on each text."""
         return {text: perplexity(model, ids, self.device) for text, ids in self.texts.items()}
 
-    def dimensions(self, ratio: float) -> Sequence[Dimensions]:
+    def dimensions(self, ratio: float, calibration: Calibration) -> Sequence[Dimensions]:
         """As `a3q convert` chooses them."""
         request, grid = (
             Request(ratio, ALL),
             gguf_grid(self.model.family, self.model.config, GRIDS[self.args.type].block),
         )
         digests = hash_source(self.model.source, silent)
-        job = Choice(self.model, request, grid, METHOD, self.calibration, digests, self.device, 1 << 40, silent)
+        job = Choice(self.model, request, grid, METHOD, calibration, digests, self.device, 1 << 40, silent)
         return choose(job, True, None)[0].dimensions
 
     def run(self, ratio: float, mode: str, minutes: float) -> None:
         """One way of healing, not rounded, rounded, and trained on rounded."""
         stages = _Clock()
         healing = Healing(mode, None, minutes, self.args.rounded_minutes > 0)
+        calibration = self.calibration(healing.blocks)
         start = time.monotonic()
-        dimensions = self.dimensions(ratio)
+        dimensions = self.dimensions(ratio, calibration)
         stages.seconds["choose"] = time.monotonic() - start
         limit = None
         if healing.blocks:
             each = healing.block_seconds(len(dimensions))
-            limit = BlockLimit(BLOCK_PASSES * self.calibration.tokens.numel(), each)
+            limit = BlockLimit(BLOCK_PASSES * calibration.tokens.numel(), each)
         with stages("reduce", 1.0):
-            found = self._reduce(self.model, dimensions, limit=limit)
-        length = self.calibration.tokens.shape[1]
+            found = self._reduce(self.model, calibration, dimensions, limit=limit)
+        length = calibration.tokens.shape[1]
         alone = replace(healing, quant=False)
         job = HealJob(self.model, alone, [SELF], length, 0, self.device, 1 << 40, stages, None)
         row = Row(ratio, mode, minutes, "", stages.seconds, {}, device=self.name)
@@ -152,16 +159,18 @@ class Bench:
             found, healed = heal(job, found, text)
             row = replace(row, held_out=(healed.before, healed.after), tokens=healed.tokens, curve=healed.curve)
         self.add(replace(row, perplexity=self.quality(found.model), answers=answers(found.model, self.device)))
-        self.rounded(row, job, found, text, stages)
+        self.rounded(row, job, calibration, found, text, stages)
 
-    def rounded(self, row: Row, job: HealJob, found: Reduction, text: Tensor | None, stages: _Clock) -> None:
+    def rounded(
+        self, row: Row, job: HealJob, calibration: Calibration, found: Reduction, text: Tensor | None, stages: _Clock
+    ) -> None:
         """The same on the grid."""
         grid = GRIDS[self.args.type]
         top = {"embed" if self.model.config.tie_word_embeddings else "output": GRIDS["q8_0"]}
         each = {role: grid for role in ATTENTION + MLP if role in found.model.layers[0]}
         same = [Dimensions.of(shape) for shape in found.model.config.layers]
         with stages("quantize", 1.0):
-            on_grid = self._reduce(found.model, same, Quantization([each] * len(same), top))
+            on_grid = self._reduce(found.model, calibration, same, Quantization([each] * len(same), top))
         name = grid.name
         self.add(
             replace(
@@ -177,10 +186,10 @@ class Bench:
         self.add(replace(row, rounded=f"{name}, in the loop", perplexity=quality, answers=said))
 
     def _reduce(
-        self, model: Model, dimensions: Sequence[Dimensions], rounding: Quantization | None = None,
-        limit: BlockLimit | None = None,
+        self, model: Model, calibration: Calibration, dimensions: Sequence[Dimensions],
+        rounding: Quantization | None = None, limit: BlockLimit | None = None,
     ) -> Reduction:  # fmt: skip
-        tokens = self.calibration.tokens
+        tokens = calibration.tokens
         return reduce(model, tokens, dimensions, self.device, 1 << 40, METHOD, quantization=rounding, healing=limit)
 
 
@@ -267,7 +276,6 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
     bench = Bench(args)
-    print(f"calibration text: {bench.calibrated:.0f} s")
     if not any(row["ratio"] == 0 for row in bench.rows):
         quality, said_first = bench.quality(bench.model), answers(bench.model, bench.device)
         bench.add(Row(0.0, "original", 0.0, "", {}, quality, answers=said_first, device=bench.name))

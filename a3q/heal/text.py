@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from a3q.calibration import SELF, OnTokens, calibration_tokens
+from a3q.calibration import HELD_OUT, HELD_OUT_LENGTH, SELF, Calibration, OnTokens, calibration_tokens
 from a3q.errors import InputError
 from a3q.heal.own_text import LENGTH, own_texts
 from a3q.model import Model
@@ -54,6 +54,15 @@ def healing_text(
     return text[torch.randperm(len(text), generator=torch.Generator().manual_seed(seed + _APART))]
 
 
+def own_calibration(
+    model: Model, count: int, length: int, *, seed: int, device: torch.device, on_tokens: OnTokens = lambda _: None
+) -> Calibration:
+    """`count` sequences of the model's own short texts to measure and train layers on, and others to check with."""
+    ids = _packed(model, count + HELD_OUT, length, seed, device, on_tokens)
+    description = f"{count} × {length} tokens that the model wrote itself, in short texts"
+    return Calibration(ids[:count], ids[count:, :HELD_OUT_LENGTH].contiguous(), SELF, description)
+
+
 def _packed(
     model: Model,
     count: int,
@@ -61,7 +70,7 @@ def _packed(
     seed: int,
     device: torch.device,
     on_tokens: OnTokens,
-    over: Callable[[], bool],
+    over: Callable[[], bool] = lambda: False,
 ) -> Tensor:
     """Sequences `[N, length]` of the model's own texts, which are put together so that late positions are seen too."""
     own = min(LENGTH, length)

@@ -103,7 +103,12 @@ def test_healing(heads: Result, folder: Result) -> None:
     assert found["healing"] == {
         "asked": {"mode": "both", "tokens": None, "minutes": None, "quant": True},
         "source": "text.txt",
-        "blocks": {"layers": 2, "without_gain": 1, "mean_output_distance": {"before": 0.025, "after": 0.02}},
+        "blocks": {
+            "layers": 2,
+            "without_gain": 1,
+            "mean_output_distance": {"before": 0.025, "after": 0.02},
+            "predictions": {"before": 0.31, "after": 0.3},
+        },
         "end_to_end": [
             {
                 "rounding_in_the_loop": False,

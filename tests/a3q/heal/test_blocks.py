@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from a3q.errors import InputError
-from a3q.forward import block
+from a3q.forward import block, norm, output_logits
 from a3q.heal import blocks
-from a3q.heal.blocks import BlockLimit, heal_block
+from a3q.heal.blocks import BlockLimit, PredictionDistance, heal_block
 from a3q.model import Layer, Model
 from a3q.reduce import reduce
 from a3q.reduce_layer import Dimensions
@@ -129,6 +129,37 @@ def test_only_attention_is_trained_where_the_mlp_stays(tmp_path: Path) -> None:
     assert moved == {"q", "k", "v", "o"}
 
 
+def test_distance_of_predictions_is_their_kl(tmp_path: Path) -> None:
+    """Of every fourth token, from the step's number on."""
+    model = open_huggingface(write_model(tmp_path / "m", "llama", initializer_range=0.2))
+    distance = PredictionDistance(model, CPU, torch.float32)
+    y, wanted = states(model, seed=3, count=5), states(model, seed=4, count=5)
+    logs = [
+        output_logits(model, norm(model.config, model.top, "final_norm", x), CPU).log_softmax(-1) for x in (y, wanted)
+    ]
+    kl = (logs[1].exp() * (logs[1] - logs[0])).sum(-1)
+    for step, first in ((None, 0), (0, 0), (3, 3), (6, 2)):
+        assert float(distance(y, wanted, step)) == pytest.approx(float(kl[:, first::4].mean(-1).sum()), rel=1e-4)
+    assert float(distance(y[:, :1], wanted[:, :1], 3)) == pytest.approx(float(kl[:, 0].sum()), rel=1e-4)
+
+
+def test_a_last_layer_learns_to_predict(tmp_path: Path) -> None:
+    model = open_huggingface(write_model(tmp_path / "m", "llama", initializer_range=0.2))
+    config, shape, layer = model.config, model.config.layers[-1], model.layers[-1]
+    entry = states(model)
+    wanted = block(config, shape, layer, entry)
+    distance = PredictionDistance(model, CPU, torch.float32)
+    args = config, shape, damaged(layer), entry, wanted, LIMIT, CPU, torch.float32, 0
+    new, loss, _ = heal_block(*args, distance=distance)
+    fresh = states(model, seed=1)
+    before, after = (
+        float(distance(block(config, shape, w, fresh), block(config, shape, layer, fresh), None)) / len(fresh)
+        for w in (damaged(layer), new)
+    )
+    assert loss.before == pytest.approx(before, rel=0.2) and loss.after == pytest.approx(after, rel=0.2)
+    assert after < 0.6 * before
+
+
 def test_memory_that_runs_out_changes_nothing_but_speed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = open_huggingface(write_model(tmp_path / "m", "llama", initializer_range=0.2))
     config, shape, layer = model.config, model.config.layers[0], model.layers[0]
@@ -170,6 +201,9 @@ def test_a_reduction_heals_each_layer_and_goes_on_from_what_is_kept(tmp_path: Pa
         found = reduce(model, TEXT, sizes, CPU, 1 << 30, healing=limit, folder=folder)
         gains = [loss.before_healing - loss.after_healing for loss in found.losses]
         assert (min(gains) >= 0 and max(gains) > 0) if limit else gains == [0, 0]
+        last = found.losses[-1]
+        assert 0 < last.after_predictions < last.before_predictions if limit else last.before_predictions == 0
+        assert all(loss.before_predictions == 0 for loss in found.losses[:-1])
         return list(found.model.layers)
 
     (tmp_path / "kept").mkdir()

@@ -14,7 +14,7 @@ from a3q.calibration import self_text
 from a3q.errors import InputError
 from a3q.heal import text as heal_text
 from a3q.heal.own_text import own_texts
-from a3q.heal.text import healing_text, without
+from a3q.heal.text import healing_text, own_calibration, without
 from a3q.model import Model
 from tests.a3q.heal.chatty import begins, runs
 from tests.a3q.test_calibration import Numbers, numbers
@@ -52,6 +52,17 @@ def test_calibration_text_is_not_repeated(chat: Model) -> None:
         # The same draws give the same text only side by side with as many others.
         for count in (4, 8, 12, 24):
             assert not runs(text) & runs(self_text(chat, count, 48, seed, CPU))
+
+
+def test_what_layers_are_trained_on(chat: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heal_text, "LENGTH", 32)
+    found = own_calibration(chat, 12, 96, seed=0, device=CPU)
+    assert found.tokens.shape == (12, 96) and found.held_out.shape == (4, 96)
+    assert found.source == "self" and "short texts" in found.description
+    assert len(torch.cat([found.tokens, found.held_out]).view(-1, 32).unique(dim=0)) == 48
+    assert not set(map(tuple, found.tokens.view(-1, 32).tolist())) & set(
+        map(tuple, written(chat, 12, 96).view(-1, 32).tolist())
+    )
 
 
 # A user's text
