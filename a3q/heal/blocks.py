@@ -28,12 +28,15 @@ from a3q.model import Layer, LayerShape, Model, ModelConfig
 
 PEAK = 1e-3
 """Learning rate."""
-STEP_TOKENS = 4096
-"""Of one step of the optimizer."""
+STEP_TOKENS = {"cpu": 2048, "cuda": 4096}
+"""Of one step of the optimizer. A layer of SmolLM2 at 25 %, 72 × 1024 tokens, 70 s on 2 cores: its distance to what it
+should put out fell by 3.9 % in steps of 4096 tokens, 4.4 % in steps of 2048, 4.6 % in steps of 1024; at a learning rate
+of 4e-4 by 2.8 % and 3.4 % in the first two, at 2e-3 by 4.0 % in the second. On GPUs it was not tuned."""
 CHECKS = 12
 """How often the held-out sequences are looked at."""
 PATIENCE = 3
-"""Looks without a gain after which a layer is done."""
+"""Looks without a gain after which a layer is done, in the second half of its time: a fitted layer first gets worse,
+as long as steps are large."""
 _EXACT = 1e-5
 """Distance below which there is nothing to win: that of a layer which stays, behind others that do, in bfloat16."""
 _EVERY = 4
@@ -146,7 +149,7 @@ class _Block:
         everyones = torch.tensor([len(self._held), len(self._own)], device=device)
         ranks.add_up(everyones)
         self._held_count, self._count = (int(one) for one in everyones.tolist())
-        self._size = min(self._count, max(1, STEP_TOKENS // entry.shape[1]))
+        self._size = min(self._count, max(1, STEP_TOKENS[device.type] // entry.shape[1]))
         self._portions = Portions(self._size, device, True, "free some memory, or give shorter text")
 
     def train(self, limit: BlockLimit) -> tuple[Layer, BlockLoss, list[str]]:
@@ -171,7 +174,7 @@ class _Block:
             if math.floor(share * CHECKS) > looks:
                 looks = math.floor(share * CHECKS)
                 loss = self._held_loss()
-                waited = 0 if loss < best else waited + 1
+                waited = 0 if loss < best else waited + (share > 0.5)
                 if loss < best:
                     best = loss
                     state = {role: weight.detach().clone() for role, weight in self._trained.items()}

@@ -37,7 +37,7 @@ _ASKED = 3 / 8
 _CONVERSATIONS = 1 / 8
 _FIRST = 64
 """Texts of the first round, of few an eighth; a round has some of every kind and another genre."""
-_AT_ONCE = {"cpu": 64, "cuda": 4096}
+_AT_ONCE = {"cpu": 256, "cuda": 4096}
 """Texts of a round at most: each begins with twice as many as the one before, since a GPU takes as long for few."""
 _MARK = "a3qsubject"
 """Stands in a rendered chat template for what is put in its place."""

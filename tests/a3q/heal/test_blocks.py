@@ -28,7 +28,7 @@ LIMIT = BlockLimit(200 * 256)
 
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocks, "STEP_TOKENS", 256)
+    monkeypatch.setattr(blocks, "STEP_TOKENS", {"cpu": 256})
 
 
 def damaged(layer: Layer) -> Layer:
@@ -74,6 +74,19 @@ def test_what_does_not_gain_stays(tmp_path: Path) -> None:
     new, loss, _ = heal_block(config, shape, layer, entry, wanted, LIMIT, CPU, torch.float32, 0)
     assert loss.after == loss.before and loss.tokens < LIMIT.tokens
     assert all(torch.equal(new[role], layer[role]) for role in layer)
+
+
+def test_a_gain_may_come_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the learning rate falls; in the first half of the time nothing is given up."""
+    model = open_huggingface(write_model(tmp_path / "m", "llama", initializer_range=0.2))
+    config, shape, layer = model.config, model.config.layers[0], model.layers[0]
+    entry = states(model)
+    wanted = block(config, shape, layer, entry)
+    looks = iter([1.0] + 7 * [2.0] + 5 * [0.5])
+    monkeypatch.setattr(blocks._Block, "_held_loss", lambda _: next(looks))
+    new, loss, _ = heal_block(config, shape, damaged(layer), entry, wanted, LIMIT, CPU, torch.float32, 0)
+    assert (loss.before, loss.after) == (1.0, 0.5)
+    assert not torch.equal(new["down"], damaged(layer)["down"])
 
 
 def test_one_sequence_is_trained_on_as_far_as_it_is_held_out(tmp_path: Path) -> None:
