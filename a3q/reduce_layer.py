@@ -118,7 +118,8 @@ def reduce_plainly(
     """One layer as the paper does it, on the original's own activations; the stream moves on through the original."""
     config, (B, T, _) = reference.config, reference.x.shape
     new, low = dict(w), lowered(w, compute_dtype(reference.device, config.hidden_size))
-    statistics = AttentionStatistics(config, shape, T, reference.device, earlier)
+    mixes = target.qk_head_dim < shape.qk_head_dim
+    statistics = AttentionStatistics(config, shape, T, reference.device, earlier, distances=mixes)
     reference.begin_layer()
 
     def see(part: slice) -> None:
@@ -202,7 +203,8 @@ def _fit_attention(
     config, device, (_, T, hidden) = reference.config, reduced.device, reduced.x.shape
     # The original layer on the reduced stream.
     local = Stream(config, reduced.x, device)
-    statistics = AttentionStatistics(config, shape, T, device, streams.earlier)
+    mixes = target.qk_head_dim < shape.qk_head_dim
+    statistics = AttentionStatistics(config, shape, T, device, streams.earlier, distances=mixes)
     inputs = InputMoments(hidden, device)
 
     def see(part: slice) -> None:

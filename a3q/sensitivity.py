@@ -100,7 +100,7 @@ def measure(
     weights = fetched((partial(_loaded, model, i, device) for i in range(len(sizes))), device.type == "cuda")
     for i, (shape, options, w) in enumerate(zip(config.layers, sizes, weights, strict=True)):
         low = lowered(w, dtype)
-        moments = _moments(config, shape, low, x, device, earlier)
+        moments = _moments(config, shape, low, x, device, earlier, "QK" in options)
         layer: dict[Component, tuple[tuple[int, ...], tuple[float, ...], int]] = {}
         before = started
         for component, grid in options.items():
@@ -139,11 +139,11 @@ def _nearest(grid: Sequence[int], wanted: float) -> int:
 
 
 def _moments(
-    config: ModelConfig, shape: LayerShape, w: Layer, x: Tensor, device: torch.device, earlier: int
+    config: ModelConfig, shape: LayerShape, w: Layer, x: Tensor, device: torch.device, earlier: int, distances: bool
 ) -> _Moments:
     """Moments of a layer on hidden states `x`, which move on through it."""
     units, length = shape.intermediate_size, x.shape[1]
-    attention = AttentionStatistics(config, shape, length, device, earlier)
+    attention = AttentionStatistics(config, shape, length, device, earlier, distances)
     moments = _Moments(attention, Moment(units, units, device=device))
 
     def see(part: slice) -> None:

@@ -96,9 +96,16 @@ class AttentionStatistics:
     """What QK and OV need of one layer; an observer of `a3q.forward.attention`."""
 
     def __init__(
-        self, config: ModelConfig, shape: LayerShape, length: int, device: torch.device, earlier: int = 0
+        self,
+        config: ModelConfig,
+        shape: LayerShape,
+        length: int,
+        device: torch.device,
+        earlier: int = 0,
+        distances: bool = True,
     ) -> None:
-        """`earlier`: calibration sequences that come before those seen here, in other processes."""
+        """`earlier`: calibration sequences that come before those seen here, in other processes. `distances`: whether
+        they will be asked for, which takes longer than all moments."""
         H, G, d = config.num_attention_heads, config.num_key_value_heads, shape.qk_head_dim
         self.q = Moment(H, d, d, device=device)
         """E[qᵀq] of each query head before RoPE."""
@@ -110,7 +117,8 @@ class AttentionStatistics:
         """E[vᵀv] of each value head."""
         self._mass = torch.zeros(H, length, device=device)
         self._config, self._shape = config, shape
-        self._left = max(0, DISTANCE_SEQUENCES - earlier) if shape.pairs else 0
+        self._wanted = distances
+        self._left = max(0, DISTANCE_SEQUENCES - earlier) if shape.pairs and distances else 0
         self._seen: dict[str, Tensor] = {}
         self._summed = False
 
@@ -136,6 +144,8 @@ class AttentionStatistics:
 
     def distances(self) -> Tensor:
         """`[heads, T]`: share of attention that falls on a key Δ positions back; rows sum to 1."""
+        if not self._wanted:
+            raise ValueError("distances were not to be measured")
         if not self._summed:
             ranks.add_up(self._mass)
             self._summed = True

@@ -36,7 +36,7 @@ def main() -> None:
             )
         answer = out.sequences[0, inputs["input_ids"].shape[1] :]
         print(f"> {prompt}\n{tokenizer.decode(answer, skip_special_tokens=True)}\n")
-    sizes = [(layer.keys.shape[-1], layer.values.shape[-1]) for layer in out.past_key_values.layers]
+    sizes = [(layer.keys.shape[-1], layer.values.shape[-1]) for layer in out.cache.layers]
     print("key and value size of each layer's cache:", *(f"{k}/{v}" for k, v in sizes))
 
 

@@ -161,5 +161,5 @@ def test_quarter_as_a_folder_with_frequencies_per_head(folder: Path, text: Path,
     print(tokenizer.decode(done.sequences[0]))
     assert done.sequences.shape[1] > ids.shape[1]
     seen = done.sequences.shape[1] - 1
-    cached = [(tuple(layer.keys.shape), tuple(layer.values.shape)) for layer in done.past_key_values.layers]
+    cached = [(tuple(layer.keys.shape), tuple(layer.values.shape)) for layer in done.cache.layers]
     assert cached == [((1, KV_HEADS, seen, qk), (1, KV_HEADS, seen, v)) for qk, v, _ in sizes(result.reduced)]

@@ -290,12 +290,13 @@ def test_what_only_llama_cpp_refuses(plain: Path, tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.parametrize("cache_type", ["f16", "q8_0"])
-def test_demo_model_knows_a_capital(cache_type: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_demo_model_knows_its_planet(cache_type: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """Of France's capital it is so little sure that the processor's rounding decides in which language it answers."""
     try:
         path = demo_model()
     except InputError:
         pytest.skip("the demo model is not installed")
     with Chat(path, temperature=0, cache_type=cache_type, system="You are a helpful assistant.", max_tokens=24) as chat:
-        assert "Paris" in "".join(chat.answer("What is the capital of France?"))
+        assert "Earth" in "".join(chat.answer("Which planet do we live on?"))
         assert took(chat).cut is None
     assert capfd.readouterr() == ("", "")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from a3q import batching, components, fit
+from a3q import batching, components, fit, statistics
 from a3q.batching import Batches
 from a3q.components import Method
 from a3q.forward import attention, block, embed, hidden_states, mlp, norm
@@ -394,6 +394,19 @@ def test_reported_losses_are_those_of_the_components(model: Model) -> None:
     assert reduction.model.config.layers[0].frequencies == lists
     for role, weight in reduction.model.layers[0].items():
         torch.testing.assert_close(weight, w[role])
+
+
+@ALL_METHODS
+def test_attention_is_only_laid_open_where_queries_and_keys_shrink(
+    model: Model, monkeypatch: pytest.MonkeyPatch, method: Method
+) -> None:
+    def called(*_: object) -> Tensor:
+        raise LookupError
+
+    monkeypatch.setattr(statistics, "attention_distances", called)
+    run(model, Dimensions(16, 12, 72), method)
+    with pytest.raises(LookupError):
+        run(model, QUARTER["qk"], method)
 
 
 def silence(w: Layer, *roles: str, rows: slice = slice(None)) -> Layer:

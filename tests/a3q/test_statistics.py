@@ -126,3 +126,15 @@ def test_without_rope_no_attention_is_laid_open(monkeypatch: pytest.MonkeyPatch)
         observed(name, random(1, 2, T, SIZE, seed=10))
     observed.take_in()
     assert observed.q.mean().abs().sum() > 0
+
+
+def test_distances_that_nobody_wants_are_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(statistics, "attention_distances", None)
+    shape = shaped()
+    observed = AttentionStatistics(config(2, 2, shape), shape, T, CPU, distances=False)
+    for name in "qkvo":
+        observed(name, random(1, 2, T, SIZE, seed=10))
+    observed.take_in()
+    assert observed.q.mean().abs().sum() > 0
+    with pytest.raises(ValueError, match="not to be measured"):
+        observed.distances()

@@ -72,7 +72,7 @@ def test_generation_with_a_cache(models: dict[Kind, Model], folders: dict[Kind, 
     # MPT's own generation_config.json turns the cache off.
     out = model.generate(tokens(), use_cache=True, return_dict_in_generate=True, **GREEDY)
     assert torch.equal(out.sequences, plain)
-    for layer, shape in zip(out.past_key_values.layers, config.layers, strict=True):
+    for layer, shape in zip(out.cache.layers, config.layers, strict=True):
         seen = min(plain.shape[1] - 1, (shape.sliding_window or VOCAB) - 1)
         heads = (2, config.num_key_value_heads, seen)
         assert (layer.keys.shape, layer.values.shape) == ((*heads, shape.qk_head_dim), (*heads, shape.v_head_dim))
@@ -86,7 +86,7 @@ def test_caches_in_pieces(folders: dict[Kind, Path], kind: Kind, attention: str)
     for cache in (DynamicCache(config=model.config), StaticCache(model.config, max_cache_len=64)):
         parts = []
         for piece in ids.split([17, 14, 1, 1, 7], dim=1):
-            parts.append(logits(model, piece, past_key_values=cache, use_cache=True))
+            parts.append(logits(model, piece, cache=cache, use_cache=True))
         torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=1e-4, rtol=0)
 
 
@@ -146,9 +146,9 @@ def test_one_graph_without_breaks(folders: dict[Kind, Path], kind: Kind) -> None
     model, ids = load(folders[kind]), tokens()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     cache = StaticCache(model.config, max_cache_len=64)
-    logits(model, ids[:, :-2], past_key_values=cache)
+    logits(model, ids[:, :-2], cache=cache)
     for t in (-2, -1):
-        found = logits(compiled, ids[:, t:] if t == -1 else ids[:, t:-1], past_key_values=cache, use_cache=True)
+        found = logits(compiled, ids[:, t:] if t == -1 else ids[:, t:-1], cache=cache, use_cache=True)
     torch.testing.assert_close(found, logits(model, ids)[:, -1:], atol=1e-4, rtol=0)
 
 
