@@ -90,6 +90,19 @@ def test_caches_in_pieces(folders: dict[Kind, Path], kind: Kind, attention: str)
         torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=1e-4, rtol=0)
 
 
+def test_a_cache_by_its_old_name(folders: dict[Kind, Path]) -> None:
+    """As code for transformers before 5.24 calls it, of the whole model and of the one below the output."""
+    model, ids = load(folders["llama"]), tokens()
+    whole = logits(model, ids)
+    cache = DynamicCache(config=model.config)
+    logits(model, ids[:, :-1], past_key_values=cache, use_cache=True)
+    torch.testing.assert_close(logits(model, ids[:, -1:], past_key_values=cache), whole[:, -1:], atol=1e-4, rtol=0)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model.model(ids[:, :-1], past_key_values=cache)
+    assert cache.get_seq_length() == ids.shape[1] - 1
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_left_padded_batches_generate_as_alone(folders: dict[Kind, Path], kind: Kind, attention: str) -> None:
