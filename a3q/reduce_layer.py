@@ -118,8 +118,8 @@ def reduce_plainly(
     """One layer as the paper does it, on the original's own activations; the stream moves on through the original."""
     config, (B, T, _) = reference.config, reference.x.shape
     new, low = dict(w), lowered(w, compute_dtype(reference.device, config.hidden_size))
-    mixes = target.qk_head_dim < shape.qk_head_dim
-    statistics = AttentionStatistics(config, shape, T, reference.device, earlier, distances=mixes)
+    distances = _shrinks_qk(shape, target)
+    statistics = AttentionStatistics(config, shape, T, reference.device, earlier, distances)
     reference.begin_layer()
 
     def see(part: slice) -> None:
@@ -172,6 +172,11 @@ def reduce_fitted(
     return new, new_shape, LayerLosses(qk, ov, lost)
 
 
+def _shrinks_qk(shape: LayerShape, target: Dimensions) -> bool:
+    """Whether queries and keys are reduced, which alone asks for attention distances."""
+    return target.qk_head_dim < shape.qk_head_dim
+
+
 def _reduce_attention(
     config: ModelConfig,
     shape: LayerShape,
@@ -182,7 +187,7 @@ def _reduce_attention(
 ) -> tuple[LayerShape, float, float]:
     """QK and OV of one layer in place, where their sizes shrink."""
     qk, ov, frequencies = 0.0, 0.0, shape.frequencies
-    if target.qk_head_dim < shape.qk_head_dim:
+    if _shrinks_qk(shape, target):
         frequencies, qk = reduce_qk(config, shape, w, statistics, target.qk_head_dim, method)
     if target.v_head_dim < shape.v_head_dim:
         ov = reduce_ov(config, w, statistics, target.v_head_dim, method)
@@ -203,8 +208,8 @@ def _fit_attention(
     config, device, (_, T, hidden) = reference.config, reduced.device, reduced.x.shape
     # The original layer on the reduced stream.
     local = Stream(config, reduced.x, device)
-    mixes = target.qk_head_dim < shape.qk_head_dim
-    statistics = AttentionStatistics(config, shape, T, device, streams.earlier, distances=mixes)
+    distances = _shrinks_qk(shape, target)
+    statistics = AttentionStatistics(config, shape, T, device, streams.earlier, distances)
     inputs = InputMoments(hidden, device)
 
     def see(part: slice) -> None:
