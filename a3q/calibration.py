@@ -21,7 +21,7 @@ from a3q.errors import InputError
 from a3q.forward import compute_dtype
 from a3q.model import Model, Tokenizer, free_memory
 from a3q.perplexity import read_text
-from a3q.sampling import Following, sample
+from a3q.sampling import Following, sample, shortest
 from converters.chat_template import compile_template
 
 SELF = "self"
@@ -148,16 +148,19 @@ class Writer:
         self._model, self._length, self._device, self._on_tokens = model, length, device, on_tokens
         self._free = _room(model, device)
 
-    def batches(self, prompts: Tensor, seed: int, following: Following | None = None) -> Iterator[Tensor]:
-        """Texts that begin with the rows of `prompts` `[count, P]`: int64 `[b, length]` (CPU).
+    def batches(
+        self, prompts: Tensor, seed: int, following: Following | None = None, followed: Tensor | None = None
+    ) -> Iterator[Tensor]:
+        """Texts that begin with the rows of `prompts` `[count, P]`, as `sample` takes them: int64 `[b, length]` (CPU).
 
         As many seeds are used up as there are prompts.
         """
-        batch = min(self._side_by_side(prompts.shape[1]), len(prompts))
+        batch = min(self._side_by_side(shortest(prompts)), len(prompts))
         for start in range(0, len(prompts), batch):
+            these = slice(start, start + batch)
             yield sample(
                 self._model,
-                prompts[start : start + batch],
+                prompts[these],
                 self._length,
                 temperature=1.0,
                 top_p=1.0,
@@ -165,6 +168,7 @@ class Writer:
                 device=self._device,
                 on_tokens=self._on_tokens,
                 following=following,
+                followed=None if followed is None else followed[these],
             )
 
     def _side_by_side(self, prompt: int) -> int:

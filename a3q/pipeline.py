@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 
 from a3q import ranks
-from a3q.calibration import HELD_OUT, SELF, Calibration, calibration_tokens, mixed
+from a3q.calibration import HELD_OUT, HELD_OUT_LENGTH, SELF, Calibration, calibration_tokens, mixed
 from a3q.choosing import Choice, choose
 from a3q.components import Method
 from a3q.dimensions import Grid, Plan, settle, unreduced
@@ -364,12 +364,17 @@ def calibrate(
         count = max(1, total * (i + 1) // len(sources) - total * i // len(sources))
         by_itself = source == SELF
         title = "write calibration text" if by_itself else "read calibration text"
-        with stages(title, (count + HELD_OUT) * length if by_itself else 1.0) as advance:
+        with stages(title, _to_write(count, length, trained_on) if by_itself else 1.0) as advance:
             write = own_calibration if by_itself and trained_on else partial(calibration_tokens, source=source)
             parts.append(write(model, count=count, length=length, seed=seed, device=device, on_tokens=advance))
     calibration = mixed(parts)
     # Learned positions end where the context does.
     return replace(calibration, held_out=calibration.held_out[:, : model.config.max_position_embeddings].contiguous())
+
+
+def _to_write(count: int, length: int, trained_on: bool) -> int:
+    """Tokens."""
+    return count * length + HELD_OUT * (min(HELD_OUT_LENGTH, length) if trained_on else length)
 
 
 def _shortfall(plan: Plan) -> list[str]:

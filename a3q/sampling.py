@@ -13,6 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from a3q.forward import KeyValueCache, block, compute_dtype, embed, lowered, norm, to_device
 from a3q.model import Model
 
+OPEN = -1
+"""In prompts: what comes here is the model's to say. Only behind a prompt's end, where others are longer."""
 _KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 """Without cuDNN, which plans anew for every length: 10 ms a layer and token on an H200, of which the rest of the layer
 takes 0.7."""
@@ -39,24 +41,31 @@ class Following:
 
 
 class Given:
-    """Follows the rows of a batch and puts what `following` says in place of what was chosen.
+    """Follows the rows of a batch and puts what `following` says in place of what was chosen, in those it is for.
 
     The same tensor operations for every token, on state that stays where it is, as a CUDA graph needs it.
     """
 
-    def __init__(self, following: Following, batch: int, device: torch.device) -> None:
-        self._ends = torch.tensor(following.ends, dtype=torch.int64, device=device)
+    def __init__(self, following: Following, rows: Tensor) -> None:
+        """`rows` `[B]`, bool: those it is for."""
+        self._rows = rows
+        self._ends = torch.tensor(following.ends, dtype=torch.int64, device=rows.device)
         # Nothing is given before and behind.
-        self._ids = torch.tensor([-1, *following.ids, -1], dtype=torch.int64, device=device)
-        self._next = torch.zeros(batch, dtype=torch.int64, device=device)
+        self._ids = torch.tensor([OPEN, *following.ids, OPEN], dtype=torch.int64, device=rows.device)
+        self._next = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
         """Of `_ids`, for each row: at the first until an end is written, at the last when all was given."""
 
-    def __call__(self, chosen: Tensor) -> Tensor:
-        """The next token of each row, `[B]`, where the model chose `chosen`."""
+    def __call__(self, chosen: Tensor, free: Tensor) -> Tensor:
+        """The next token of each row, `[B]`, where the model chose `chosen`; an end counts where rows are `free`."""
         given = self._ids.index_select(0, self._next)
-        ended = (chosen[:, None] == self._ends).any(-1)
+        ended = (chosen[:, None] == self._ends).any(-1) & free & self._rows
         self._next.add_(ended | (self._next > 0)).clamp_max_(len(self._ids) - 1)
-        return torch.where(given < 0, chosen, given)
+        return torch.where(given == OPEN, chosen, given)
+
+
+def shortest(prompts: Tensor) -> int:
+    """Tokens that all of `prompts` `[B, P]` have."""
+    return int((prompts != OPEN).sum(1).min())
 
 
 def pick(logits: Tensor, temperature: float, top_p: float, drawn: Tensor) -> Tensor:
@@ -87,13 +96,15 @@ def sample(
     device: torch.device,
     on_tokens: Callable[[int], None] = lambda _: None,
     following: Following | None = None,
+    followed: Tensor | None = None,
 ) -> Tensor:
     """Continue `prompts` `[B, P]` to `[B, length]` token ids (CPU). All layers are held in memory meanwhile.
 
-    `following` changes nothing in front of where it is given, and no other row.
+    Shorter prompts end in `OPEN`; what they have beyond the shortest is read token by token with what others write.
+    `following` changes nothing in front of where it is given, no other row, and none that `followed` `[B]` leaves out.
     """
     config = model.config
-    B, P = prompts.shape
+    B, P = len(prompts), shortest(prompts)
     dtype = compute_dtype(device, config.hidden_size)
     layers = [lowered(to_device(layer, device), dtype) for layer in model.layers]
     caches = [KeyValueCache(config, shape, B, length, device, dtype) for shape in config.layers]
@@ -102,9 +113,10 @@ def sample(
     output = model.output.to(device, dtype)
     generator = torch.Generator(device).manual_seed(seed)
     drawn = torch.rand(length, B, dtype=torch.float64, device=device, generator=generator)
-    ids = torch.zeros(B, length, dtype=torch.int64, device=device)
-    ids[:, :P] = prompts.to(device)
-    given = None if following is None else Given(following, B, device)
+    ids = torch.full((B, length), OPEN, dtype=torch.int64, device=device)
+    ids[:, : prompts.shape[1]] = prompts.to(device)
+    rows = torch.ones(B, dtype=torch.bool) if followed is None else followed
+    given = None if following is None else Given(following, rows.to(device))
 
     def read(tokens: Tensor, start: int | Tensor) -> Tensor:
         """Hidden states behind `tokens`, which are `start` and later."""
@@ -114,29 +126,30 @@ def sample(
                 x = block(config, shape, w, x, cache)
         return x
 
-    def choose(x: Tensor, drawn: Tensor) -> Tensor:
-        """What comes behind the last of hidden states `[B, T, hidden]`."""
+    def choose(x: Tensor, drawn: Tensor, known: Tensor) -> Tensor:
+        """What comes behind the last of hidden states `[B, T, hidden]`: `known` `[B]` unless `OPEN`."""
         logits = F.linear(norm(config, model.top, "final_norm", x[:, -1]).to(dtype), output)
-        chosen = pick(logits, temperature, top_p, drawn)
-        return chosen if given is None else given(chosen)
+        chosen, free = pick(logits, temperature, top_p, drawn), known == OPEN
+        return torch.where(free, chosen if given is None else given(chosen, free), known)
 
     x = read(ids[:, :P], 0)
     on_tokens(P * B)
     if length == P:
         return ids.cpu()
-    ids[:, P] = choose(x, drawn[P])
+    ids[:, P] = choose(x, drawn[P], ids[:, P])
     on_tokens(B)
     if device.type != "cuda":
         for end in range(P + 1, length):
-            ids[:, end] = choose(read(ids[:, end - 1 : end], end - 1), drawn[end])
+            ids[:, end] = choose(read(ids[:, end - 1 : end], end - 1), drawn[end], ids[:, end])
             on_tokens(B)
         return ids
 
     position = torch.full((1,), P, device=device)
 
     def step() -> None:
-        following = choose(read(ids.index_select(1, position), position), drawn.index_select(0, position + 1)[0])
-        ids.index_copy_(1, position + 1, following[:, None])
+        x, behind = read(ids.index_select(1, position), position), position + 1
+        chosen = choose(x, drawn.index_select(0, behind)[0], ids.index_select(1, behind)[:, 0])
+        ids.index_copy_(1, behind, chosen[:, None])
         position.add_(1)
 
     # The last token is not read: nothing comes behind it.

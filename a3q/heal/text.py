@@ -43,7 +43,8 @@ def healing_text(
     # Those that are read first: they take no time, and what is left of it is for the model's own.
     for source in sorted(sources, key=lambda source: source == SELF):
         if source == SELF:
-            parts.append(_packed(model, count, length, seed + _APART, device, on_tokens, over))
+            stream = _written(model, count * length, length, seed + _APART, device, on_tokens, over)
+            parts.append(stream[: len(stream) // length * length].view(-1, length))
         else:
             part = calibration_tokens(model, source, count, length, seed=seed, device=device).tokens
             # The windows of a short text are shorter, mostly by a little: they begin again.
@@ -58,25 +59,28 @@ def own_calibration(
     model: Model, count: int, length: int, *, seed: int, device: torch.device, on_tokens: OnTokens = lambda _: None
 ) -> Calibration:
     """`count` sequences of the model's own short texts to measure and train layers on, and others to check with."""
-    ids = _packed(model, count + HELD_OUT, length, seed, device, on_tokens)
+    checked = min(HELD_OUT_LENGTH, length)
+    stream = _written(model, count * length + HELD_OUT * checked, length, seed, device, on_tokens)
+    tokens, held_out = stream[: count * length], stream[count * length :]
     description = f"{count} × {length} tokens that the model wrote itself, in short texts"
-    return Calibration(ids[:count], ids[count:, :HELD_OUT_LENGTH].contiguous(), SELF, description)
+    return Calibration(tokens.view(count, length), held_out.view(HELD_OUT, checked), SELF, description)
 
 
-def _packed(
+def _written(
     model: Model,
-    count: int,
+    tokens: int,
     length: int,
     seed: int,
     device: torch.device,
     on_tokens: OnTokens,
     over: Callable[[], bool] = lambda: False,
 ) -> Tensor:
-    """Sequences `[N, length]` of the model's own texts, which are put together so that late positions are seen too."""
+    """`tokens` of the model's own texts, of `length` at most, one behind another, so that sequences cut from them have
+    late positions too; fewer when time is `over`."""
     own = min(LENGTH, length)
-    texts = own_texts(model, -(-count * length // own), own, seed=seed, device=device, on_tokens=on_tokens, over=over)
-    texts = texts[torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed))]
-    return texts.flatten()[: texts.numel() // length * length].view(-1, length)
+    texts = own_texts(model, -(-tokens // own), own, seed=seed, device=device, on_tokens=on_tokens, over=over)
+    shuffled = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed))
+    return texts[shuffled].flatten()[:tokens]
 
 
 def without(text: Tensor, held_out: Tensor) -> Tensor:

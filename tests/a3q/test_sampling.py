@@ -10,7 +10,7 @@ from torch import Tensor
 
 from a3q.forward import hidden_states, output_logits
 from a3q.model import Model
-from a3q.sampling import Following, Given, pick, sample
+from a3q.sampling import OPEN, Following, Given, pick, sample, shortest
 from converters.hf_reader import open_huggingface
 from tests.pico import VOCAB, write_model
 from tests.reduced import reduced
@@ -89,21 +89,23 @@ def followed(chosen: list[int], following: Following) -> list[int]:
     return row
 
 
-def slowly(model: Model, following: Following) -> Tensor:
+def slowly(model: Model, following: Following, prompts: Tensor = PROMPTS, followed: Tensor | None = None) -> Tensor:
     """The same text by whole passes, row by row."""
-    drawn = torch.rand(LENGTH, len(PROMPTS), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    left: list[list[int] | None] = [None] * len(PROMPTS)
-    ids = PROMPTS
-    while ids.shape[1] < LENGTH:
-        logits = output_logits(model, hidden_states(model, ids, CPU)[:, -1], CPU)
-        chosen = pick(logits, 1.0, 1.0, drawn[ids.shape[1]])
-        for b, token in enumerate(chosen.tolist()):
-            if rest := left[b]:
-                chosen[b] = rest.pop(0)
-            elif rest is None and token in following.ends:
-                left[b] = list(following.ids)
-        ids = torch.cat((ids, chosen[:, None]), 1)
-    return ids
+    drawn = torch.rand(LENGTH, len(prompts), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    rows = []
+    for b, prompt in enumerate(prompts):
+        ids = prompt[prompt != OPEN]
+        left: list[int] | None = None if followed is None or followed[b] else []
+        while len(ids) < LENGTH:
+            logits = output_logits(model, hidden_states(model, ids[None], CPU)[:, -1], CPU)
+            chosen = pick(logits, 1.0, 1.0, drawn[len(ids), b : b + 1])
+            if left:
+                chosen[0] = left.pop(0)
+            elif left is None and int(chosen) in following.ends:
+                left = list(following.ids)
+            ids = torch.cat([ids, chosen])
+        rows.append(ids)
+    return torch.stack(rows)
 
 
 @pytest.mark.parametrize("ids", [(), (7,), (300, 1, 300, 2)])
@@ -134,16 +136,42 @@ def test_what_is_given_by_the_rule_for_one_row(ids: tuple[int, ...]) -> None:
     following = Following((1, 2), ids)
     chosen = torch.randint(6, (30, 50), generator=torch.Generator().manual_seed(0))
     chosen[:, 0] = 0  # this row never ends
-    given = Given(following, 50, CPU)
-    text = torch.stack([given(tokens) for tokens in chosen])
-    assert text.T.tolist() == [followed(row, following) for row in chosen.T.tolist()]
+    # Rows are free from different places on, and some are left out.
+    start, rows = torch.arange(50) % 7, torch.arange(50) % 5 > 0
+    given = Given(following, rows)
+    text = torch.stack([given(tokens, start <= i) for i, tokens in enumerate(chosen)])
+    for row, first, out, takes_part in zip(chosen.T.tolist(), start.tolist(), text.T.tolist(), rows, strict=True):
+        assert out[:first] == row[:first]
+        assert out[first:] == (followed(row[first:], following) if takes_part else row[first:])
 
 
 def test_nothing_is_asked_of_the_numbers_themselves() -> None:
     """On the meta device there are none: a branch on one, or a shape by one, is an error, as in a CUDA graph."""
     meta = torch.device("meta")
-    given = Given(Following((1, 2), (3, 4)), 5, meta)
-    assert given(torch.empty(5, dtype=torch.int64, device=meta)).shape == (5,)
+    given = Given(Following((1, 2), (3, 4)), torch.ones(5, dtype=torch.bool, device=meta))
+    free = torch.empty(5, dtype=torch.bool, device=meta)
+    assert given(torch.empty(5, dtype=torch.int64, device=meta), free).shape == (5,)
+
+
+# Prompts of different lengths
+
+
+UNEVEN = torch.tensor([[5, 9, 2, 7, 11, 3], [4, 8, OPEN, OPEN, OPEN, OPEN], [6, 1, 12, OPEN, OPEN, OPEN]])
+
+
+def test_prompts_of_all_lengths_are_kept(model: Model) -> None:
+    """What is written behind each is what whole passes over its row alone say, also where text follows an end."""
+    assert shortest(UNEVEN) == 2 and shortest(PROMPTS) == PROMPTS.shape[1]
+    counts: list[int] = []
+    text = write(model, prompts=UNEVEN, on_tokens=counts.append)
+    assert torch.equal(torch.where(UNEVEN == OPEN, OPEN, text[:, : UNEVEN.shape[1]]), UNEVEN)
+    assert torch.equal(text, slowly(model, Following((), ()), UNEVEN))
+    assert sum(counts) == text.numel()
+    following = Following(tuple(range(0, VOCAB, 3)), (300, 1))
+    followed = torch.tensor([True, True, False])
+    mixed = write(model, prompts=UNEVEN, following=following, followed=followed)
+    assert torch.equal(mixed, slowly(model, following, UNEVEN, followed))
+    assert torch.equal(mixed[2], text[2]) and not torch.equal(mixed[:2], text[:2])
 
 
 PROBABILITIES = torch.tensor([0.02, 0.4, 0.08, 0.25, 0.05, 0.2])

@@ -53,17 +53,18 @@ def test_kinds_have_their_shares(chat: Model) -> None:
     assert text.min() >= 0 and text.max() < VOCAB
     tokenizer = chat.tokenizer
     asks = [request(tokenizer, genre) for genre in GENRES]
-    # Rounds of 16, 32, 64 and the 16 that are left, each about something else.
-    of_genre = [asked(text, ask) for ask in asks if ask is not None]
-    assert [int(rows.sum()) for rows in of_genre] == [6, 12, 24, 6, 0, 0, 0, 0]
+    # Rounds of 16, 32, 64 and the 16 that are left, each with all kinds.
+    of_genre = torch.stack([asked(text, ask) for ask in asks if ask is not None])
+    assert of_genre.sum() == 48 and (of_genre.sum(1) >= 4).all()
+    assert [int(part.sum()) for part in of_genre.any(0).split([16, 32, 64, 16])] == [6, 12, 24, 6]
     subjects = torch.cat(
         [text[rows][:, len(ask[0]) : len(ask[0]) + 2] for rows, ask in zip(of_genre, asks, strict=True) if ask]
     )
     assert subjects.unique().numel() > 60
-    on_request = torch.stack(of_genre).any(0)
+    on_request = of_genre.any(0)
     prompt, header = tokenizer.encode("<s>[user]", special=True), tokenizer.encode("\n[me]")
     is_chat = begins(text, prompt) & ~on_request
-    assert is_chat.sum() == 16
+    assert [int(part.sum()) for part in is_chat.split([16, 32, 64, 16])] == [2, 4, 8, 2]
     answered = 0
     for row in text[is_chat].tolist():
         end = first_end(row, len(prompt))
@@ -104,7 +105,8 @@ def test_template_for_requests_alone(plain: Model) -> None:
     assert ask is not None
     encode = model.tokenizer.encode
     assert ask == (encode("Write an encyclopedia article about"), encode(".</s>a", special=True))
-    assert asked(written(model, 8, 96), ask).sum() == 3
+    text = written(model, 8, 96)
+    assert sum(int(asked(text, one).sum()) for genre in GENRES if (one := request(model.tokenizer, genre))) == 3
 
 
 @pytest.mark.parametrize("add_bos", [False, True])
