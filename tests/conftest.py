@@ -11,6 +11,14 @@ import torch
 # Tiny tensors gain nothing from threads, and threads that wait for a busy core made these tests fifty times slower.
 torch.set_num_threads(1)
 
+_LONGEST = ("test_resume.py", "test_demo_model.py", "test_torchrun.py", "test_faults.py")
+"""In the order in which they begin: where processes share the tests, none is left with one of these at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest first."""
+    items.sort(key=lambda item: _LONGEST.index(item.path.name) if item.path.name in _LONGEST else len(_LONGEST))
+
 
 @pytest.fixture(autouse=True, scope="session")
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
