@@ -36,8 +36,9 @@ from a3q.work import WorkFolder
 
 WINDOWS = {"cpu": (40, 1024), "cuda": (128, 2048)}
 """Calibration sequences and their length where the user names no number of tokens."""
-TRAINED_ON = {"cpu": (160, 1024), "cuda": (128, 2048)}
-"""The same where layers are trained on them: on 40 × 1024 tokens SmolLM2's gain little on text that they do not see."""
+TRAINED_ON = {"cpu": (320, 1024), "cuda": (128, 2048)}
+"""The same where layers are trained on them: one of SmolLM2's in as many steps came 0.6 % further away from what it
+should put out on text that it did not see, 2.3 % nearer and 3.7 % nearer with 26, 52 and 105 × 1024 tokens."""
 CHECK_ONLY = (1, 256)
 """The same where nothing is reduced and the text only serves the check."""
 FEW_TOKENS = 8
@@ -251,7 +252,7 @@ def _carry_out(
             return one_pass("quantize", model, plan.dimensions, fitted, True, quantization), ()
         if method.fitted:
             return one_pass("reduce and quantize", model, plan.dimensions, fitted, True, quantization), ()
-    limit = _block_limit(healing, known, model) if healing.blocks else None
+    limit = _block_limit(healing, known) if healing.blocks else None
     title = "reduce and heal" if healing.blocks else "reduce"
     first = one_pass(title, model, plan.dimensions, method, False, None, limit)
     job = HealJob(
@@ -287,9 +288,9 @@ def _carry_out(
     return found, tuple(healed)
 
 
-def _block_limit(healing: Healing, known: Calibrated, model: Model) -> BlockLimit:
+def _block_limit(healing: Healing, known: Calibrated) -> BlockLimit:
     tokens = healing.tokens or BLOCK_PASSES * known.calibration.tokens.numel()
-    return BlockLimit(tokens, healing.block_seconds(model.config.num_hidden_layers))
+    return BlockLimit(tokens, healing.block_seconds())
 
 
 def timed(stages: Stages, seconds: dict[str, float]) -> Stages:

@@ -18,10 +18,10 @@ from a3q.components import Method, spread_norms
 from a3q.errors import InputError
 from a3q.fit import CORRECTION, InputMoments
 from a3q.forward import block, compute_dtype, embed, lowered, norm, to_device
-from a3q.heal.blocks import BlockLimit, BlockLoss, Distance, PredictionDistance, heal_block, relative_distance
+from a3q.heal.blocks import BlockLimit, BlockLoss, Distance, PredictionDistance, Shares, heal_block, relative_distance
 from a3q.model import Layer, LayerShape, Model, ModelConfig
 from a3q.quantize import LayerRounding, Quantization
-from a3q.reduce_layer import Dimensions, Streams, pass_on, reduce_fitted, reduce_plainly
+from a3q.reduce_layer import Dimensions, Streams, pass_on, reduce_fitted, reduce_plainly, scaled
 from a3q.room import Room
 from a3q.solve.grid import Blocks
 from a3q.store import Finished, LayerLosses, LayerStore
@@ -105,9 +105,12 @@ def reduce(
         new.qk_head_dim < old.qk_head_dim for new, old in zip(dimensions, model.config.layers, strict=True)
     )
     config = dataclasses.replace(model.config, qk_norm="heads") if normed_apart else model.config
+    rounding = quantization or Quantization([{}] * model.config.num_hidden_layers)
+    untouched = _untouched(model.config, dimensions, rounding)
     run = _Run(
-        model, config, method, quantization, device, Room(memory_budget, device, folder), mlp_stays, healing, seed
-    )
+        model, config, method, rounding, device, Room(memory_budget, device, folder), mlp_stays, healing, seed,
+        untouched,
+    )  # fmt: skip
     left = ranks.alone(lambda: LayerStore(run.room.left, folder))
     store = LayerStore(run.room.left) if left is None else left
     top = run.begin(tokens, store)
@@ -143,6 +146,18 @@ def reduce(
     return Reduction(found, losses, store, outside, rounding_losses, tuple(run.notes()))
 
 
+def _untouched(config: ModelConfig, dimensions: Sequence[Dimensions], quantization: Quantization) -> int:
+    """Layers in front that stay as they are, with nothing changed before them."""
+    if "embed" in quantization.top and not config.tie_word_embeddings:
+        return 0
+    count = 0
+    for shape, target, grids in zip(config.layers, dimensions, quantization.layers, strict=True):
+        if target != Dimensions.of(shape) or grids:
+            break
+        count += 1
+    return count
+
+
 def _put_away(store: LayerStore, i: int, finished: Finished, on_finished: OnFinished) -> None:
     if i == len(store):
         store.append(finished)
@@ -155,7 +170,7 @@ def _again(run: _Run, store: LayerStore, i: int, shape: LayerShape, w: Layer) ->
     about = ranks.same_object(None if known is None else dataclasses.replace(known, layer={}, blocks={}))
     assert about is not None
     layer = ranks.same({} if known is None else known.layer, run.device)
-    run.pass_through(shape, w, about.shape, layer)
+    run.pass_through(i, shape, w, about.shape, layer)
     return known or dataclasses.replace(about, layer=to_device(layer, torch.device("cpu")))
 
 
@@ -167,18 +182,22 @@ class _Run:
         model: Model,
         config: ModelConfig,
         method: Method,
-        quantization: Quantization | None,
+        quantization: Quantization,
         device: torch.device,
         room: Room,
         mlp_stays: bool,
         healing: BlockLimit | None,
         seed: int,
+        untouched: int,
     ) -> None:
         self.model, self.method, self.device, self.room = model, method, device, room
-        self.mlp_stays, self._healing, self._seed = mlp_stays, healing, seed
+        self.mlp_stays, self._seed, self._untouched = mlp_stays, seed, untouched
+        # The last layer is trained twice.
+        trainings = model.config.num_hidden_layers - untouched + 1
+        self._healing = None if healing is None else Shares(healing, trainings)
         self._healing_notes: list[str] = []
         self._reduced_config = config
-        self._quantization = quantization or Quantization([{}] * model.config.num_hidden_layers)
+        self._quantization = quantization
         self._dtype = compute_dtype(device, model.config.hidden_size)
 
     def begin(self, tokens: Tensor, store: LayerStore) -> Layer:
@@ -227,6 +246,8 @@ class _Run:
                 new, new_shape, loss = reduce_plainly(
                     w, shape, target, self._reference, self.batches, self._earlier, self.method, where
                 )
+            elif i < self._untouched:
+                new, new_shape, loss = scaled(w, shape, self._streams, where), shape, LayerLosses()
             else:
                 if self._healing is not None:
                     self._entry.copy_(self._streams.reduced.x)
@@ -256,7 +277,7 @@ class _Run:
         new: Layer,
         losses: LayerLosses,
         streams: Streams,
-        limit: BlockLimit,
+        shares: Shares,
     ) -> tuple[Layer, LayerLosses]:
         """The reduced layer trained towards the same target as its last refit; the reduced stream is put behind it.
 
@@ -273,8 +294,9 @@ class _Run:
         streams.each(aim)
 
         def train(new: Layer, distance: Distance) -> tuple[Layer, BlockLoss]:
-            args = reduced.config, new_shape, new, entry, outputs, limit, self.device, streams.dtype, self._seed + i
-            healed, loss, notes = heal_block(*args, attention_only=self.mlp_stays, distance=distance)
+            with shares.next() as limit:
+                args = reduced.config, new_shape, new, entry, outputs, limit, self.device, streams.dtype, self._seed + i
+                healed, loss, notes = heal_block(*args, attention_only=self.mlp_stays, distance=distance)
             self._healing_notes = notes or self._healing_notes
             return healed, loss
 
@@ -288,13 +310,18 @@ class _Run:
         pass_on(reduced, streams.batches, new_shape, lowered(new, streams.dtype))
         return new, losses
 
-    def pass_through(self, shape: LayerShape, w: Layer, new_shape: LayerShape, new: Layer) -> None:
-        """Move the hidden states on through a layer that was reduced before."""
+    def pass_through(self, i: int, shape: LayerShape, w: Layer, new_shape: LayerShape, new: Layer) -> None:
+        """Move the hidden states on through layer `i`, which was reduced before."""
+        if self._healing is not None and i >= self._untouched:
+            self._healing.pass_over()
         low = lowered(w, self._dtype)
         if self._streams is None:
             pass_on(self._reference, self.batches, shape, low)
             return
         pass_on(self._streams.reference, self.batches, shape, low)
+        if i < self._untouched:
+            self._streams.reduced.x.copy_(self._streams.reference.x)
+            return
         pass_on(self._streams.reduced, self.batches, new_shape, lowered(new, self._dtype))
 
     def finish(self, top: Layer, store: LayerStore) -> dict[str, Blocks]:

@@ -82,10 +82,10 @@ def _check(where: str, moments: Mapping[str, Moment]) -> None:
             raise InputError(_no_numbers(where, name))
 
 
-def _finite(where: str, y: Tensor) -> Tensor:
-    """What an MLP puts out where nothing else is measured of it; InputError like that of `_check`."""
+def _finite(where: str, y: Tensor, name: str = "the MLP's output") -> Tensor:
+    """What goes into or out of a component of which nothing else is measured; InputError like that of `_check`."""
     if not bool(torch.isfinite(y).all()):
-        raise InputError(_no_numbers(where, "the MLP's output"))
+        raise InputError(_no_numbers(where, name))
     return y
 
 
@@ -148,6 +148,32 @@ def reduce_plainly(
         _check(where, {"the MLP's inner activations": gram})
         _, lost = reduce_mlp(new, gram.mean(), target.intermediate_size, method)
     return new, new_shape, LayerLosses(qk, ov, lost)
+
+
+def scaled(w: Layer, shape: LayerShape, streams: Streams, where: str) -> Layer:
+    """A layer that stays as it is, behind others that do, but for what every reduced one gets: even heads and units.
+
+    Both streams, which are the same as yet, move on. Nothing is fitted: the fit's target is what there is already.
+    """
+    new, low = dict(w), lowered(w, streams.dtype)
+    reference = streams.reference
+    inputs = InputMoments(reference.x.shape[-1], reference.device)
+    reference.begin_layer()
+
+    def attend(part: slice) -> None:
+        x = _finite(where, reference.attention_input(low, part), "the attention's input")
+        take = inputs.prepared(x.to(streams.dtype))
+        y = _finite(where, reference.attention(shape, low, part), "the attention's output")
+        take()
+        reference.add(part, low, "attn_post_norm", y)
+
+    streams.each(attend)
+    even_heads(reference.config, shape, new, inputs.gram(), inputs.mean())
+    streams.each(partial(_pass_mlp, where, reference, low))
+    if "gate" in new:
+        _balance_units(new)
+    streams.reduced.x.copy_(reference.x)
+    return new
 
 
 def reduce_fitted(

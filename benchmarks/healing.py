@@ -145,8 +145,7 @@ class Bench:
         stages.seconds["choose"] = time.monotonic() - start
         limit = None
         if healing.blocks:
-            each = healing.block_seconds(len(dimensions))
-            limit = BlockLimit(BLOCK_PASSES * calibration.tokens.numel(), each)
+            limit = BlockLimit(BLOCK_PASSES * calibration.tokens.numel(), healing.block_seconds())
         with stages("reduce", 1.0):
             found = self._reduce(self.model, calibration, dimensions, limit=limit)
         length = calibration.tokens.shape[1]

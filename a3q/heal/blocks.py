@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -28,7 +30,7 @@ from a3q.model import Layer, LayerShape, Model, ModelConfig
 
 PEAK = 1e-3
 """Learning rate."""
-STEP_TOKENS = {"cpu": 2048, "cuda": 4096}
+STEP_TOKENS = {"cpu": 1024, "cuda": 4096}
 """Of one step of the optimizer. A layer of SmolLM2 at 25 %, 72 × 1024 tokens, 70 s on 2 cores: its distance to what it
 should put out fell by 3.9 % in steps of 4096 tokens, 4.4 % in steps of 2048, 4.6 % in steps of 1024; at a learning rate
 of 4e-4 by 2.8 % and 3.4 % in the first two, at 2e-3 by 4.0 % in the second. On GPUs it was not tuned."""
@@ -37,6 +39,8 @@ CHECKS = 12
 PATIENCE = 3
 """Looks without a gain after which a layer is done, in the second half of its time: a fitted layer first gets worse,
 as long as steps are large."""
+_LEAST = 1e-3
+"""Seconds that are always left for what is still to be trained."""
 _EXACT = 1e-5
 """Distance below which there is nothing to win: that of a layer which stays, behind others that do, in bfloat16."""
 _EVERY = 4
@@ -47,10 +51,42 @@ _FAINT = 1e-6
 
 @dataclass(frozen=True)
 class BlockLimit:
-    """How long each layer is trained."""
+    """How long the layers of a model are trained."""
 
     tokens: int
+    """Each of them."""
     seconds: float | None = None
+    """All of them together."""
+
+
+class Shares:
+    """Divides a limit among trainings that follow one another: what one does not use is for those behind it.
+
+    Layers that stay as they are, and have nothing to learn, are often a third of all.
+    """
+
+    def __init__(self, limit: BlockLimit, count: int) -> None:
+        self._tokens, self._seconds, self._count = limit.tokens, limit.seconds, count
+
+    @contextmanager
+    def next(self) -> Iterator[Limit]:
+        """The limit of the next training, which is what happens meanwhile."""
+        start = time.monotonic()
+        yield self._even()
+        self._take(time.monotonic() - start)
+
+    def pass_over(self) -> None:
+        """Count the next training as if it had used its share: an earlier run has done it."""
+        self._take(self._even().seconds or 0.0)
+
+    def _even(self) -> Limit:
+        return Limit(self._tokens, None if self._seconds is None else self._seconds / self._count)
+
+    def _take(self, seconds: float) -> None:
+        self._count -= 1
+        if self._seconds is not None:
+            # The last look at the held-out sequences can be beyond the limit.
+            self._seconds = max(_LEAST, self._seconds - seconds)
 
 
 @dataclass(frozen=True)
@@ -105,7 +141,7 @@ def heal_block(
     w: Layer,
     entry: Tensor,
     wanted: Tensor,
-    limit: BlockLimit,
+    limit: Limit,
     device: torch.device,
     dtype: torch.dtype,
     seed: int,
@@ -152,14 +188,14 @@ class _Block:
         self._size = min(self._count, max(1, STEP_TOKENS[device.type] // entry.shape[1]))
         self._portions = Portions(self._size, device, True, "free some memory, or give shorter text")
 
-    def train(self, limit: BlockLimit) -> tuple[Layer, BlockLoss, list[str]]:
+    def train(self, limit: Limit) -> tuple[Layer, BlockLoss, list[str]]:
         """Train, with the held-out sequences as judges."""
         best = before = self._held_loss()
         state = {role: weight.detach().clone() for role, weight in self._trained.items()}
         optimizer = torch.optim.AdamW(self._trained.values(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-        whole, clock = Limit(limit.tokens, limit.seconds), time.monotonic()
+        clock = time.monotonic()
         tokens = step = waited = looks = broken = 0
-        while self._count and best > _EXACT and waited < PATIENCE and (share := self._share(whole, tokens, clock)) < 1:
+        while self._count and best > _EXACT and waited < PATIENCE and (share := self._share(limit, tokens, clock)) < 1:
             for group in optimizer.param_groups:
                 group["lr"] = rate(PEAK, share)
             broken = 0 if self._step(step) else broken + 1
@@ -170,7 +206,7 @@ class _Block:
                 optimizer.step()
             step += 1
             tokens += self._size * self._entry.shape[1]
-            share = self._share(whole, tokens, clock)
+            share = self._share(limit, tokens, clock)
             if math.floor(share * CHECKS) > looks:
                 looks = math.floor(share * CHECKS)
                 loss = self._held_loss()

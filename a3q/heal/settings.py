@@ -9,7 +9,7 @@ from a3q.errors import InputError
 MODES = ("none", "blocks", "full", "both")
 MINUTES = 15.0
 """Of end-to-end healing unless told."""
-BLOCK_PASSES = 8
+BLOCK_PASSES = 6
 """Passes over the calibration text that each layer is trained for, at most, unless told."""
 _BLOCKS_SHARE = 0.25
 """Of the time of both kinds, what the layers one by one get."""
@@ -66,11 +66,11 @@ class Healing:
         }
         return {name: str(value) for name, value in facts.items() if value is not None}
 
-    def block_seconds(self, layers: int) -> float | None:
-        """Of each of `layers`; None: as long as the tokens take."""
+    def block_seconds(self) -> float | None:
+        """Of all layers together; None: as long as the tokens take."""
         if self.minutes is None:
             return None
-        return 60 * self.minutes * (_BLOCKS_SHARE if self.full else 1.0) / layers
+        return 60 * self.minutes * (_BLOCKS_SHARE if self.full else 1.0)
 
     def end_to_end(self, rounded: bool) -> tuple[int | None, float | None]:
         """Tokens and seconds of a phase over the whole model, the one with rounding in the loop or the one before."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from a3q import batching, components, fit, statistics
 from a3q.batching import Batches
 from a3q.components import Method
+from a3q.errors import InputError
 from a3q.forward import attention, block, embed, hidden_states, mlp, norm
 from a3q.model import Layer, LayerShape, Model, ModelConfig
 from a3q.quantize import LayerRounding
@@ -464,3 +465,26 @@ def test_progress_is_reported_once_a_layer_and_dimensions_must_be_as_many(model:
     assert len(calls) == 2
     with pytest.raises(ValueError, match="3 layers for 2"):
         reduce_to([QUARTER["all"]] * 3)
+
+
+FIRST_STAYS = [Dimensions(16, 16, 96), QUARTER["all"]]
+
+
+def test_layers_in_front_that_stay_need_no_fit(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fitted as those behind them are, they are themselves again, and the rest is the same."""
+    found = reduce(model, CALIBRATION, FIRST_STAYS, CPU, 10**9, SHARED)
+    assert found.losses[0] == LayerLosses() and found.losses[1].mlp > 0
+    monkeypatch.setattr("a3q.reduce._untouched", lambda *_: 0)
+    fitted = reduce(model, CALIBRATION, FIRST_STAYS, CPU, 10**9, SHARED)
+    assert error(fitted.model, found.model) < 0.01 * error(model, found.model)
+
+
+@pytest.mark.parametrize(
+    ("role", "name"),
+    [("o", "the attention's output"), ("down", "the MLP's output"), ("attn_norm", "the attention's input")],
+)
+def test_a_layer_that_stays_is_looked_at_all_the_same(model: Model, role: str, name: str) -> None:
+    layers = copies(model)
+    layers[0][role].view(-1)[5] = torch.nan
+    with pytest.raises(InputError, match=f"layer 0: {name} holds values that are no numbers"):
+        reduce(dataclasses.replace(model, layers=layers), CALIBRATION, FIRST_STAYS, CPU, 10**9, SHARED)

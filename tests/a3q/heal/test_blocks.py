@@ -13,7 +13,8 @@ from torch import Tensor
 from a3q.errors import InputError
 from a3q.forward import block, norm, output_logits
 from a3q.heal import blocks
-from a3q.heal.blocks import BlockLimit, PredictionDistance, heal_block
+from a3q.heal.blocks import BlockLimit, PredictionDistance, Shares, heal_block
+from a3q.heal.schedule import Limit
 from a3q.model import Layer, Model
 from a3q.reduce import reduce
 from a3q.reduce_layer import Dimensions
@@ -23,7 +24,8 @@ from tests.pico import VOCAB, Kind, write_model
 CPU = torch.device("cpu")
 LENGTH = 32
 TEXT = torch.randint(VOCAB, (64, LENGTH), generator=torch.Generator().manual_seed(0))
-LIMIT = BlockLimit(200 * 256)
+LIMIT = Limit(200 * 256, None)
+BLOCKS = BlockLimit(200 * 256)
 
 
 @pytest.fixture(autouse=True)
@@ -180,7 +182,7 @@ def test_memory_that_runs_out_changes_nothing_but_speed(tmp_path: Path, monkeypa
     wanted = block(config, shape, layer, entry)
 
     def healed() -> tuple[Layer, list[str]]:
-        limit = BlockLimit(10 * 256)
+        limit = Limit(10 * 256, None)
         new, _, notes = heal_block(config, shape, damaged(layer), entry, wanted, limit, CPU, torch.float32, 0)
         return new, notes
 
@@ -205,12 +207,36 @@ def test_memory_that_runs_out_changes_nothing_but_speed(tmp_path: Path, monkeypa
         healed()
 
 
+def test_time_that_one_layer_does_not_use_is_for_those_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = 100.0
+    monkeypatch.setattr(blocks.time, "monotonic", lambda: clock)
+    shares = Shares(BlockLimit(7, 60.0), 6)
+    found = []
+    for used in (0.0, 14.0, 11.5):
+        with shares.next() as limit:
+            clock += used
+        assert limit.tokens == 7
+        found.append(limit.seconds)
+    shares.pass_over()
+    with shares.next() as limit:
+        clock += 50.0
+    found.append(limit.seconds)
+    # Where more was used than there was, the rest is as good as none, but a limit still.
+    with shares.next() as limit:
+        pass
+    assert found == pytest.approx([10.0, 12.0, 11.5, 11.5])
+    assert limit.seconds is not None and 0 < limit.seconds < 0.01
+    with Shares(BlockLimit(7), 2).next() as limit:
+        pass
+    assert limit == Limit(7, None)
+
+
 def test_a_reduction_heals_each_layer_and_goes_on_from_what_is_kept(tmp_path: Path) -> None:
     """The layers behind are fitted to healed ones; a run that was ended gives the same."""
     model = open_huggingface(write_model(tmp_path / "m", "llama", initializer_range=0.2))
     sizes = [Dimensions(shape.qk_head_dim, shape.v_head_dim, 40) for shape in model.config.layers]
 
-    def run(folder: Path | None, limit: BlockLimit | None = LIMIT) -> list[Layer]:
+    def run(folder: Path | None, limit: BlockLimit | None = BLOCKS) -> list[Layer]:
         found = reduce(model, TEXT, sizes, CPU, 1 << 30, healing=limit, folder=folder)
         gains = [loss.before_healing - loss.after_healing for loss in found.losses]
         assert (min(gains) >= 0 and max(gains) > 0) if limit else gains == [0, 0]
@@ -235,4 +261,4 @@ def test_layers_that_are_healed_are_not_rounded_in_the_same_pass(tmp_path: Path)
     sizes = [Dimensions.of(shape) for shape in model.config.layers]
     quantization = replace(Quantization([{}, {}]))
     with pytest.raises(ValueError, match="another pass"):
-        reduce(model, TEXT, sizes, CPU, 1 << 30, quantization=quantization, healing=LIMIT)
+        reduce(model, TEXT, sizes, CPU, 1 << 30, quantization=quantization, healing=BLOCKS)
