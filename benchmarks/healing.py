@@ -1,14 +1,15 @@
 """What healing wins back, and in what time: perplexity behind each kind of it, before and after rounding.
 
     python -m benchmarks.healing --eval test.raw.txt [--ood other.txt] [--model M] [--ratios 0.1 0.25 0.4]
-        [--modes none blocks full both] [--minutes 5 15] [--type q4_0] [--rounded-minutes 3] [--out FOLDER]
-        [--device cuda]
+        [--modes none blocks full both] [--minutes 5 15] [--type q4_0] [--embedding q8_0] [--rounded-minutes 3]
+        [--keep] [--out FOLDER] [--device cuda]
 
 The only text is what the model writes itself; `--eval` and `--ood` are evaluated on (their first 8 × 1024 tokens) and
 nothing else. Minutes are of healing alone, text included; the time of the reduction is told apart. Every kind of
 healing, length and ratio is a run of its own, since the learning rate falls to nothing at its end. Each result is then
-rounded by GPTQ to `--type` (all matrices of the layers and the embedding's at 8 bits), and with `--rounded-minutes`
-trained on with the rounding in the loop. `answers` are the model's own to a dozen questions, the likeliest token each
+rounded by GPTQ to `--type` (all matrices of the layers; the embedding to `--embedding`), and with `--rounded-minutes`
+trained on with the rounding in the loop. With `--keep` each rounded model is also written as a GGUF to `--out`, for
+`benchmarks.healing_front`. `answers` are the model's own to a dozen questions, the likeliest token each
 time. Rows are added to `healing.json` in `--out`, and `healing.md` and `healing.png` are made of all that is there.
 """
 
@@ -23,6 +24,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
+from numpy import uint8
+from numpy.typing import NDArray
 from torch import Tensor
 
 from a3q.calibration import SELF, Calibration
@@ -46,7 +49,10 @@ from benchmarks.common import perplexity
 from benchmarks.common import windows as text_windows
 from benchmarks.healing_plot import Line, plot
 from converters.chat_template import compile_template
+from converters.ggml_pack import pack
+from converters.gguf_writer import write_gguf
 from converters.open import open_model
+from converters.types import resolve_quant
 
 QUESTIONS = (
     "What is the capital of France?",
@@ -165,7 +171,7 @@ class Bench:
     ) -> None:
         """The same on the grid."""
         grid = GRIDS[self.args.type]
-        top = {"embed" if self.model.config.tie_word_embeddings else "output": GRIDS["q8_0"]}
+        top = {"embed" if self.model.config.tie_word_embeddings else "output": GRIDS[self.args.embedding]}
         each = {role: grid for role in ATTENTION + MLP if role in found.model.layers[0]}
         same = [Dimensions.of(shape) for shape in found.model.config.layers]
         with stages("quantize", 1.0):
@@ -176,6 +182,7 @@ class Bench:
                 row, rounded=name, perplexity=self.quality(on_grid.model), answers=answers(on_grid.model, self.device)
             )
         )
+        self._keep(row, name, on_grid)
         if self.args.rounded_minutes <= 0:
             return
         last = replace(job, healing=Healing("none", None, self.args.rounded_minutes, True))
@@ -183,6 +190,21 @@ class Bench:
         row = replace(row, held_out=(healed.before, healed.after), tokens=healed.tokens, curve=healed.curve)
         quality, said = self.quality(trained.model), answers(trained.model, self.device)
         self.add(replace(row, rounded=f"{name}, in the loop", perplexity=quality, answers=said))
+        self._keep(row, f"{name}-in-the-loop", trained)
+
+    def _keep(self, row: Row, rounded: str, found: Reduction) -> None:
+        if not self.args.keep:
+            return
+
+        def packed(i: int | None, role: str) -> NDArray[uint8] | None:
+            blocks = found.blocks(i, role)
+            return None if blocks is None else pack(blocks)
+
+        kind = self.args.embedding
+        plan = resolve_quant(self.args.type).with_overrides(kind, kind)
+        path = self.args.out / f"{row.ratio:.0%}-{row.mode}-{row.minutes:g}-{rounded}.gguf".replace("%", "")
+        written = write_gguf(found.model, plan, path, packed=packed)
+        print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, sha256 {written.sha256[0]}", flush=True)
 
     def _reduce(
         self, model: Model, calibration: Calibration, dimensions: Sequence[Dimensions],
@@ -270,6 +292,8 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, nargs="+", default=[5.0])
     parser.add_argument("--rounded-minutes", type=float, default=0.0)
     parser.add_argument("--type", default="q4_0", choices=sorted(GRIDS))
+    parser.add_argument("--embedding", default="q8_0", choices=sorted(GRIDS))
+    parser.add_argument("--keep", action="store_true")
     parser.add_argument("--calib-tokens", type=int)
     parser.add_argument("--out", type=Path, default=Path("healing"))
     parser.add_argument("--device", default="auto")
