@@ -9,7 +9,7 @@ from a3q.errors import InputError
 MODES = ("none", "blocks", "full", "both")
 MINUTES = 15.0
 """Of end-to-end healing unless told."""
-BLOCK_PASSES = 5
+BLOCK_PASSES = 6
 """Passes over the calibration text that each layer is trained for, at most, unless told."""
 _BLOCKS_SHARE = 0.25
 """Of the time of both kinds, what the layers one by one get."""
