@@ -247,7 +247,7 @@ class _Run:
                     w, shape, target, self._reference, self.batches, self._earlier, self.method, where
                 )
             elif i < self._untouched:
-                new, new_shape, loss = scaled(w, shape, self._streams, where), shape, LayerLosses()
+                new, new_shape, loss = scaled(w, shape, self._streams, where, self.mlp_stays), shape, LayerLosses()
             else:
                 if self._healing is not None:
                     self._entry.copy_(self._streams.reduced.x)

@@ -150,10 +150,11 @@ def reduce_plainly(
     return new, new_shape, LayerLosses(qk, ov, lost)
 
 
-def scaled(w: Layer, shape: LayerShape, streams: Streams, where: str) -> Layer:
+def scaled(w: Layer, shape: LayerShape, streams: Streams, where: str, mlp_stays: bool) -> Layer:
     """A layer that stays as it is, behind others that do, but for what every reduced one gets: even heads and units.
 
-    Both streams, which are the same as yet, move on. Nothing is fitted: the fit's target is what there is already.
+    Both streams, which are the same as yet, move on. Nothing is fitted: the fit's target is what there is already. With
+    `mlp_stays` its weights stay too.
     """
     new, low = dict(w), lowered(w, streams.dtype)
     reference = streams.reference
@@ -170,7 +171,7 @@ def scaled(w: Layer, shape: LayerShape, streams: Streams, where: str) -> Layer:
     streams.each(attend)
     even_heads(reference.config, shape, new, inputs.gram(), inputs.mean())
     streams.each(partial(_pass_mlp, where, reference, low))
-    if "gate" in new:
+    if "gate" in new and not mlp_stays:
         _balance_units(new)
     streams.reduced.x.copy_(reference.x)
     return new

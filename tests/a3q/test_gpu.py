@@ -124,7 +124,8 @@ def test_memory_is_left_for_the_layers(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (total // 3, total))
     model = open_huggingface(write_model(tmp_path / "m", "gpt_neox"))
-    run = _Run(model, model.config, Method(), None, device, Room(1 << 30, device), False, None, 0)
+    nothing = Quantization([{}] * model.config.num_hidden_layers)
+    run = _Run(model, model.config, Method(), nothing, device, Room(1 << 30, device), False, None, 0, 0)
     run.begin(torch.zeros(4, 16, dtype=torch.int64), LayerStore(1 << 30))
     streams = run._streams
     assert streams is not None
