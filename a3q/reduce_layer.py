@@ -154,7 +154,7 @@ def scaled(w: Layer, shape: LayerShape, streams: Streams, where: str, mlp_stays:
     """A layer that stays as it is, behind others that do, but for what every reduced one gets: even heads and units.
 
     Both streams, which are the same as yet, move on. Nothing is fitted: the fit's target is what there is already. With
-    `mlp_stays` its weights stay too.
+    `mlp_stays` the MLP's weights are not scaled.
     """
     new, low = dict(w), lowered(w, streams.dtype)
     reference = streams.reference

@@ -63,16 +63,16 @@ def own_texts(
     writer = Writer(model, length, device, on_tokens)
     asks = [ask for genre in GENRES if (ask := request(model.tokenizer, genre)) is not None]
     asks = [ask for ask in asks if sum(map(len, ask)) + _SUBJECT < length]
-    chat = conversation(model.tokenizer)
-    if chat is not None and len(chat[0]) >= length:
-        chat = None
+    chat, following = conversation(model.tokenizer) or ([], None)
+    if len(chat) >= length:
+        chat = []
     parts: list[Tensor] = []
     for i, size in enumerate(_rounds(count, _AT_ONCE[device.type])):
         if i > 0 and over():
             break
-        prompts, chats = _prompts(model, size, asks, [] if chat is None else chat[0], seed)
+        prompts, chats = _prompts(model, size, asks, chat, seed)
         # What is drawn and how it is shuffled have seeds of their own: they must not decide what is written.
-        for part in writer.batches(prompts, seed + 2, None if chat is None else chat[1], chats):
+        for part in writer.batches(prompts, seed + 2, following, chats):
             parts.append(part)
             if i > 0 and over():
                 return torch.cat(parts)
