@@ -10,7 +10,7 @@ would lead the reduced stream back to the reference.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -65,6 +65,17 @@ class Streams:
     def each(self, work: Callable[[slice], None]) -> None:
         """`work` on all sequences, in batches; see `Batches.each`."""
         self.batches.each(len(self.reduced.x), work)
+
+    def split(self, count: int) -> tuple[Streams, Streams]:
+        """The first `count` sequences and the others, in the same memory."""
+        first, rest = slice(0, count), slice(count, None)
+        return self._some(first), replace(self._some(rest), earlier=self.earlier + count)
+
+    def _some(self, rows: slice) -> Streams:
+        reference, reduced = self.reference.some(rows), self.reduced.some(rows)
+        return replace(
+            self, reference=reference, reduced=reduced, outputs=self.outputs[rows], attended=self.attended[rows]
+        )
 
 
 def pass_on(stream: Stream, batches: Batches, shape: LayerShape, low: Layer) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -30,6 +30,10 @@ class Stream:
         if self.config.parallel_residual:
             self.entry = torch.empty_like(self.x) if self.entry is None else self.entry
             self.entry.copy_(self.x)
+
+    def some(self, rows: slice) -> Stream:
+        """Some of the sequences, in the same memory."""
+        return replace(self, x=self.x[rows], entry=None if self.entry is None else self.entry[rows])
 
     def part(self, part: slice) -> Tensor:
         """Some of the sequences, on the device."""
