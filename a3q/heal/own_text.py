@@ -39,9 +39,11 @@ _ASKED = 3 / 8
 _CONVERSATIONS = 1 / 8
 _FIRST = 64
 """Texts of the first round, of few an eighth; a round has some of every kind."""
+_GROWTH = 4
 _AT_ONCE = {"cpu": 256, "cuda": 4096}
-"""Texts of a round at most: each has twice as many as the one before. All of a round are written side by side, since
-a token takes nearly as long for one as for many: 192 texts of SmolLM2 300 s kind by kind, 129 s together (2 cores)."""
+"""Texts of a round at most: each has `_GROWTH` times as many as the one before. All of a round are written side by
+side, since a token takes nearly as long for one as for many: 192 texts of SmolLM2 300 s kind by kind, 129 s together
+(2 cores)."""
 _MARK = "a3qsubject"
 """Stands in a rendered chat template for what is put in its place."""
 
@@ -86,7 +88,7 @@ def _rounds(count: int, most: int) -> Iterator[int]:
     while count > 0:
         yield min(size, count)
         count -= size
-        size = min(2 * size, most)
+        size = min(_GROWTH * size, most)
 
 
 def _prompts(model: Model, count: int, asks: list[Request], chat: list[int], seed: int) -> tuple[Tensor, Tensor]:

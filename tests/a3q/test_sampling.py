@@ -10,7 +10,7 @@ from torch import Tensor
 
 from a3q.forward import hidden_states, output_logits
 from a3q.model import Model
-from a3q.sampling import OPEN, Following, Given, pick, sample, shortest
+from a3q.sampling import OPEN, Following, Given, _reached, pick, sample, shortest
 from converters.hf_reader import open_huggingface
 from tests.pico import VOCAB, write_model
 from tests.reduced import reduced
@@ -202,3 +202,22 @@ def test_draws_follow_the_distribution(temperature: float, top_p: float, expecte
 def test_rows_are_drawn_independently() -> None:
     logits = torch.tensor([[0.0, 50.0, 0.0], [50.0, 0.0, 0.0], [0.0, 0.0, 50.0]])
     assert pick(logits, 1.0, 0.9, uniform(3)).tolist() == [1, 0, 2]
+
+
+@pytest.mark.parametrize("count", [1, 255, 256, 257, 1000])
+def test_what_is_reached_is_found_by_blocks(count: int) -> None:
+    """As by the sums of all, and never where there is nothing."""
+    generator = torch.Generator().manual_seed(count)
+    weights = torch.rand(64, count, generator=generator).pow(8)
+    weights[:, ::3] = 0
+    weights[:, -1] = 1e-3
+    weights[1, :-1] = 0
+    share = torch.rand(64, dtype=torch.float64, generator=generator)
+    share[:4] = torch.tensor([0.0, 0.0, 1 - 2**-53, 0.5], dtype=torch.float64)
+    found = _reached(weights, share)
+    sums = weights.double().cumsum(-1)
+    known = (sums <= share[:, None] * sums[:, -1:]).sum(-1)
+    assert (weights.gather(1, found[:, None]) > 0).all()
+    # Of ties only the last bits decide.
+    assert (found == known).sum() >= 62
+    assert ((sums.gather(1, found[:, None])[:, 0] / sums[:, -1] - share) > -1e-6).all()
