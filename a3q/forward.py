@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -17,17 +17,11 @@ from torch import Tensor
 
 from a3q.batching import Batches
 from a3q.model import Layer, LayerShape, Model, ModelConfig
+from a3q.pieces import activated, pieces
 
 Observer = Callable[[str, Tensor], None]
 """Receives `q`, `k` before RoPE (`[B, heads, T, qk_head_dim]`), `v` and `o` (`[B, heads, T, v_head_dim]`) and `m` (`[B,
 T, F]`); of a whole block also what attention and MLP read, `attn_in` and `mlp_in` (`[B, T, hidden]`)."""
-
-_ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "relu": F.relu,
-}
 
 
 def to_device(layer: Layer, device: torch.device) -> Layer:
@@ -95,17 +89,14 @@ class Rope:
         """The same rotation for `length` positions from `start` on only."""
         return Rope(_window(self.cos, 1, start, length), _window(self.sin, 1, start, length))
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Rotate `[B, heads, T, qk_head_dim]`; where there is a list for each key head, its query heads share it."""
-        m = self.cos.shape[-1]
-        if m == 0:
-            return x
+    def __call__(self, x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """`[B, heads, T, qk_head_dim]` turned, of `dtype`; where each key head has a list, its query heads share it."""
+        if self.cos.shape[-1] == 0:
+            return x.to(dtype)
         cos, sin = self.cos, self.sin
         if len(cos) not in (1, x.shape[1]):
             cos, sin = (part.repeat_interleave(x.shape[1] // len(part), dim=0) for part in (cos, sin))
-        # The gradient of one split is one tensor, that of three slices three of them, mostly zeros.
-        re, im, rest = x.split_with_sizes((m, m, x.shape[-1] - 2 * m), dim=-1)
-        return torch.cat((re * cos - im * sin, im * cos + re * sin, rest), dim=-1)
+        return pieces().rotate(x, cos, sin, dtype)
 
 
 def _window(x: Tensor, dim: int, start: int | Tensor, length: int) -> Tensor:
@@ -168,15 +159,14 @@ class KeyValueCache:
         self.start, self._seen = start, seen
 
 
-def norm(config: ModelConfig, w: Layer, role: str, x: Tensor) -> Tensor:
-    """The norm called `role` over the last dimension; a layer that lacks it leaves `x` as it is."""
+def norm(config: ModelConfig, w: Layer, role: str, x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The norm called `role` over the last dimension, in `dtype`; a layer that lacks it leaves `x` as it is."""
     weight = w.get(role)
     if weight is None:
         return x
-    x = x.float()
     if config.norm == "layer":
-        return F.layer_norm(x, weight.shape, weight, w.get(f"{role}_bias"), config.norm_eps)
-    return F.rms_norm(x, weight.shape, weight, config.norm_eps)
+        return F.layer_norm(x.float(), weight.shape, weight, w.get(f"{role}_bias"), config.norm_eps).to(dtype)
+    return pieces().rms_norm(x, weight, config.norm_eps, dtype)
 
 
 def head_norm(config: ModelConfig, weight: Tensor, x: Tensor) -> Tensor:
@@ -238,7 +228,7 @@ def attention_inner(
         observe("k", k)
         observe("v", v)
     turn = rope(shape.frequencies, capacity, x.device).window(start, T)
-    q, k = turn(q).to(v.dtype), turn(k).to(v.dtype)
+    q, k = turn(q, v.dtype), turn(k, v.dtype)
     if cache is not None:
         k, v = cache.append(k, v)
     bias = score_bias(config, shape, start, T, k.shape[2], x.device)
@@ -283,10 +273,11 @@ def attention(
 
 def mlp_inner(config: ModelConfig, w: Layer, x: Tensor) -> Tensor:
     """What the down projection of the MLP on normed `x` reads, `[B, T, F]`."""
-    activation = _ACTIVATIONS[config.activation]
     x = x.to(w["up"].dtype)
     m = _linear(w, "up", x)
-    return activation(_linear(w, "gate", x)) * m if "gate" in w else activation(m)
+    if "gate" not in w:
+        return activated(config.activation, m)
+    return pieces().gated(config.activation, _linear(w, "gate", x), m)
 
 
 def mlp_output(w: Layer, m: Tensor) -> Tensor:
@@ -311,11 +302,13 @@ def block(
     observe: Observer | None = None,
 ) -> Tensor:
     """One decoder layer, `[B, T, hidden]` to the same shape. A cache may hold earlier positions only when T is 1."""
-    read = norm(config, w, "attn_norm", x)
+    # What observes may want more digits than the products.
+    dtype = w["q"].dtype if observe is None else torch.float32
+    read = norm(config, w, "attn_norm", x, dtype)
     if observe is not None:
         observe("attn_in", read)
     y = x + norm(config, w, "attn_post_norm", attention(config, shape, w, read, observe, cache))
-    read = norm(config, w, "mlp_norm", x if config.parallel_residual else y)
+    read = norm(config, w, "mlp_norm", x if config.parallel_residual else y, dtype)
     if observe is not None:
         observe("mlp_in", read)
     return y + norm(config, w, "mlp_post_norm", mlp(config, w, read, observe))

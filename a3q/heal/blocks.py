@@ -24,6 +24,7 @@ from a3q.forward import block, lowered, norm, to_device
 from a3q.heal.distill import BROKEN, picked
 from a3q.heal.divergence import divergence
 from a3q.heal.portions import Portions, discard
+from a3q.heal.recorded import add_gradients
 from a3q.heal.schedule import Limit, rate
 from a3q.heal.student import trained_roles
 from a3q.model import Layer, LayerShape, Model, ModelConfig
@@ -231,7 +232,7 @@ class _Block:
             return self._distance(part, step) / int(used)
 
         weights = list(self._trained.values())
-        self._portions.gradients(weights, rows, loss)
+        self._portions.gradients(weights, rows, partial(add_gradients, loss))
         return bool(torch.isfinite(torch.nn.utils.clip_grad_norm_(weights, 1.0)))
 
     @torch.no_grad()

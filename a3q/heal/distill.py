@@ -17,13 +17,16 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from a3q import ranks
+from a3q.compiled import compiled
 from a3q.errors import InputError
 from a3q.forward import block, embed, norm
 from a3q.heal.divergence import Slice, divergence, slice_divergence
 from a3q.heal.portions import Portions, discard
+from a3q.heal.recorded import Recorded, add_gradients
 from a3q.heal.schedule import Limit, rate
 from a3q.heal.student import Student
 from a3q.model import Layer, LayerShape, Model, ModelConfig
+from a3q.pieces import fusing, pieces, using
 
 HELD_OUT = 16
 """Sequences that are not trained on, at most; of few, an eighth."""
@@ -161,14 +164,16 @@ class Distillation:
         dtype: torch.dtype,
         seed: int,
         recipe: Recipe = Recipe(),
-        of_slice: Slice = slice_divergence,
+        fused: bool = False,
     ) -> None:
-        """`tokens` `[N, T]`, of which some are held out. `of_slice`: `slice_divergence` or what does the same."""
+        """`tokens` `[N, T]`, of which some are held out. `fused`: in kernels that take a while to make."""
         self.state = State()
         self._tokens, self._held = split(tokens)
         self._teacher, self._student, self._groups = teacher, student, groups
         self._limit, self._seed, self._recipe = limit, seed, recipe
-        self._device, self._dtype, self._of_slice = device, dtype, of_slice
+        self._device, self._dtype = device, dtype
+        self._of_slice = compiled(slice_divergence) if fused else slice_divergence
+        self._pieces = fusing() if fused else pieces()
         self._reduced = replace(student.model, top=teacher.shared(student.model.top))
         self._output, self._teacher_output = (one.output.to(device, dtype) for one in (self._reduced, teacher.model))
         step = recipe.step_tokens if limit.tokens is None else min(recipe.step_tokens, limit.tokens)
@@ -176,6 +181,7 @@ class Distillation:
         advice = "free some memory, give shorter text, or take --heal blocks"
         self.portions = Portions(self._size, device, True, advice)
         self.parameters = [parameter for group in groups for parameter in group.parameters]
+        self._recorded = Recorded(self._loss, self.parameters)
         self.optimizer = torch.optim.AdamW(
             [{"params": group.parameters, "weight_decay": group.decay} for group in groups],
             betas=recipe.betas,
@@ -247,11 +253,18 @@ class Distillation:
     def _gradients(self, tokens: Tensor) -> float:
         """Mean loss on `tokens` `[B, T]`, with its gradient in the parameters."""
         own = tokens[ranks.share(len(tokens))]
+        with using(self._pieces):
+            return float(self.portions.gradients(self.parameters, own, self._add))
 
-        def loss(part: Tensor) -> Tensor:
-            return self._divergence(part, self._of_slice) * (len(part) / len(tokens))
+    def _add(self, part: Tensor) -> Tensor:
+        # Layers that are computed twice keep track of random numbers, which no graph allows.
+        if self._device.type != "cuda" or self.portions.recompute:
+            return add_gradients(self._loss, part)
+        return self._recorded(part.to(self._device))
 
-        return float(self.portions.gradients(self.parameters, own, loss))
+    def _loss(self, part: Tensor) -> Tensor:
+        """What some of a step's sequences add to its loss."""
+        return self._divergence(part, self._of_slice) * (len(part) / self._size)
 
     def _divergence(self, tokens: Tensor, of_slice: Slice) -> Tensor:
         tokens = tokens.to(self._device)

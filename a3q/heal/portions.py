@@ -45,19 +45,18 @@ class Portions:
             discard()
             self._take_less()
 
-    def gradients(self, parameters: Sequence[Tensor], sequences: Tensor, loss: Callable[[Tensor], Tensor]) -> Tensor:
-        """The sum of `loss` over the portions of all processes' `sequences`, with its gradient in the parameters.
+    def gradients(self, parameters: Sequence[Tensor], sequences: Tensor, add: Callable[[Tensor], Tensor]) -> Tensor:
+        """The sum of a loss over the portions of all processes' `sequences`, with its gradient in the parameters.
 
-        Every process has the parameters in the same order; one may have no sequences.
+        `add` gives the loss of a portion and adds its gradient to what the parameters have. Every process has the
+        parameters in the same order; one may have no sequences.
         """
 
         def all_portions() -> Tensor:
             discard(parameters)
             total = torch.zeros((), device=self._device)
             for part in self.of(sequences):
-                own = loss(part)
-                own.backward()  # type: ignore[no-untyped-call]
-                total += own.detach()
+                total += add(part)
             return total
 
         total = self.run(all_portions, lambda: discard(parameters))

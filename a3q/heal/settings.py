@@ -11,8 +11,8 @@ MINUTES = 15.0
 """Of end-to-end healing unless told."""
 BLOCK_PASSES = 6
 """Passes over the calibration text that each layer is trained for, at most, unless told."""
-_BLOCKS_SHARE = 0.25
-"""Of the time of both kinds, what the layers one by one get."""
+_BLOCKS_SHARE = 0.1
+"""Of the time of both kinds, what the layers one by one get: end to end the model is soon beyond what they reach."""
 _ROUNDED_SHARE = 0.2
 """Of the time or tokens end to end, what is left to the phase with rounding in the loop."""
 

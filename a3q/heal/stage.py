@@ -16,8 +16,7 @@ from a3q.forward import compute_dtype, to_device
 from a3q.heal.adapters import LowRankStudent, free_on, student_for
 from a3q.heal.checkpoint import keeper, restore, save
 from a3q.heal.distill import Distillation, Group, Point, Recipe, Teacher
-from a3q.heal.divergence import slice_divergence
-from a3q.heal.fused import FusedDivergence, pays
+from a3q.heal.fused import pays
 from a3q.heal.rounding import RoundedStudent
 from a3q.heal.schedule import Limit
 from a3q.heal.settings import Healing
@@ -42,18 +41,20 @@ ROUNDED_DECAY = 0.5
 carries every weight over the next threshold sooner or later."""
 SCALES_PEAK = 1e-3
 """The same of their scales, as a share of each."""
-STEP_TOKENS = {"cpu": 4096, "cuda": 32768}
-"""Of one step of the optimizer."""
+STEP_TOKENS = {"cpu": 4096, "cuda": 16384}
+"""Of one step of the optimizer. SmolLM2-135M at 25 %, half a minute of an H200: 200 steps of 16,384 tokens took the
+perplexity from 51.9 to 42.2, and 180 of 32,768 to 41.9."""
 LENGTH = 1024
 """Tokens of a sequence, at most."""
-PASSES = 4
-"""Over the text, where the model writes it: to write a token takes about as long as to train on it."""
+PASSES = 3
+"""Over the text, where the model writes it: to write a token takes twice as long as to train on it, but in the second
+pass over 3M tokens the loss on them was a fifth lower at once, on others not."""
 _MOST = 1 << 26
 """Tokens of text, at most."""
 _FEWEST = 16
 """Sequences of text, at least."""
-_WRITING = 0.25
-"""Of a time limit, what writing text may take."""
+_WRITING = 0.35
+"""Of a time limit, what writing text may take; the rest is for training."""
 _STUDENT = "heal-adapters"
 """Name of the document that tells whether low-rank adapters are trained."""
 _CPU = torch.device("cpu")
@@ -162,6 +163,12 @@ def heal_rounded(job: HealJob, reduction: Reduction, text: Tensor) -> tuple[Redu
     return replace(reduction, model=model, layers=store, notes=(*reduction.notes, *notes)), healed
 
 
+def _limit(job: HealJob, rounded: bool) -> Limit:
+    """Of a training's own tokens and time."""
+    tokens, seconds = job.healing.end_to_end(rounded)
+    return Limit(tokens, seconds if seconds is None or SELF not in job.sources else (1 - _WRITING) * seconds)
+
+
 def _trainable(blocks: Blocks) -> Blocks:
     """Copies of tensors that come from a pass in which nothing is recorded for gradients."""
     return Blocks.of(blocks.grid, {name: tensor.clone() for name, tensor in blocks.tensors().items()})
@@ -171,12 +178,12 @@ def _train(
     job: HealJob, student: Student, groups: list[Group], text: Tensor, rounded: bool
 ) -> tuple[Healed, list[str]]:
     """Train, and go on with what an earlier run has left in the work folder."""
-    limit = Limit(*job.healing.end_to_end(rounded))
+    limit = _limit(job, rounded)
     title = "heal rounded" if rounded else "heal"
     recipe = Recipe(step_tokens=STEP_TOKENS[job.device.type])
     teacher = Teacher(job.original, job.device, job.dtype)
-    of_slice = FusedDivergence() if pays(limit, job.device) else slice_divergence
-    run = Distillation(teacher, student, groups, text, limit, job.device, job.dtype, job.seed, recipe, of_slice)
+    fused = pays(limit, job.device)
+    run = Distillation(teacher, student, groups, text, limit, job.device, job.dtype, job.seed, recipe, fused)
     # On the other processes the path says only that there is one.
     path = ranks.same_object(None if job.work is None else job.work.path / f"{title.replace(' ', '-')}.safetensors")
     with job.stages(title, 1.0) as advance:
