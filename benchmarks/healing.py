@@ -27,6 +27,7 @@ import torch
 from numpy import uint8
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from a3q.calibration import SELF, Calibration
 from a3q.choosing import Choice, choose
@@ -43,7 +44,7 @@ from a3q.progress import Advance, Stages, silent
 from a3q.quantize import Quantization
 from a3q.reduce import Reduction, reduce
 from a3q.reduce_layer import MLP, Dimensions
-from a3q.sampling import sample
+from a3q.sampling import OPEN, sample
 from a3q.solve.grid import GRIDS
 from benchmarks.common import perplexity
 from benchmarks.common import windows as text_windows
@@ -234,15 +235,18 @@ def answers(model: Model, device: torch.device) -> list[str]:
         template = compile_template(model.tokenizer)
     except Exception:  # whatever a stranger's template does
         template = None
-    found = []
+    prompts = []
     for question in QUESTIONS:
         text = question if template is None else template.render(
             messages=[{"role": "user", "content": question}], add_generation_prompt=True, tools=None, documents=None
         )  # fmt: skip
-        ids = model.tokenizer.encode(text, special=True)
-        prompt = torch.tensor([ids])
-        out = sample(model, prompt, len(ids) + ANSWER, temperature=1e-4, top_p=1.0, seed=0, device=device)
-        said = out[0, len(ids) :].tolist()
+        prompts.append(torch.tensor(model.tokenizer.encode(text, special=True)))
+    together = pad_sequence(prompts, batch_first=True, padding_value=OPEN)
+    length = together.shape[1] + ANSWER
+    out = sample(model, together, length, temperature=1e-4, top_p=1.0, seed=0, device=device)
+    found = []
+    for prompt, row in zip(prompts, out, strict=True):
+        said = row[len(prompt) : len(prompt) + ANSWER].tolist()
         if model.tokenizer.eos_id in said:
             said = said[: said.index(model.tokenizer.eos_id)]
         found.append(model.tokenizer.decode(said).strip())
