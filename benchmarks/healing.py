@@ -6,10 +6,11 @@
 
 The only text is what the model writes itself; `--eval` and `--ood` are evaluated on (their first 8 × 1024 tokens) and
 nothing else. Minutes are of healing alone, text included; the time of the reduction is told apart. Every kind of
-healing, length and ratio is a run of its own, since the learning rate falls to nothing at its end. Each result is then
-rounded by GPTQ to `--type` (all matrices of the layers; the embedding to `--embedding`), and with `--rounded-minutes`
-trained on with the rounding in the loop. With `--keep` each rounded model is also written as a GGUF to `--out`, for
-`benchmarks.healing_front`. `answers` are the model's own to a dozen questions, the likeliest token each
+healing, length and ratio is a run of its own, since the learning rate falls to nothing at its end; but the text of all
+is written once, and each gets as much of it, and is charged as many seconds, as it would have had itself. Each result
+is then rounded by GPTQ to `--type` (all matrices of the layers; the embedding to `--embedding`), and with
+`--rounded-minutes` trained on with the rounding in the loop. With `--keep` each rounded model is also written as a GGUF
+to `--out`, for `benchmarks.healing_front`. `answers` are the model's own to a dozen questions, the likeliest token each
 time. Rows are added to `healing.json` in `--out`, and `healing.md` and `healing.png` are made of all that is there.
 """
 
@@ -108,6 +109,8 @@ class Bench:
         self.path: Path = args.out / "healing.json"
         self.rows: list[dict[str, object]] = json.loads(self.path.read_text()) if self.path.exists() else []
         self._calibrations: dict[bool, Calibration] = {}
+        self._written: tuple[Tensor, float] | None = None
+        """Text for the longest run, and in what time."""
 
     def calibration(self, blocks: bool) -> Calibration:
         """As `a3q convert` has it, with or without training layers on it."""
@@ -161,11 +164,23 @@ class Bench:
         row = Row(ratio, mode, minutes, "", stages.seconds, {}, device=self.name)
         text: Tensor | None = None
         if healing.full:
-            text = healing_text(job)
+            text = self.text(job, (alone.end_to_end(False)[1] or 0.0) / 60, stages)
             found, healed = heal(job, found, text)
             row = replace(row, held_out=(healed.before, healed.after), tokens=healed.tokens, curve=healed.curve)
         self.add(replace(row, perplexity=self.quality(found.model), answers=answers(found.model, self.device)))
         self.rounded(row, job, calibration, found, text, stages)
+
+    def text(self, job: HealJob, minutes: float, stages: _Clock) -> Tensor:
+        """What the model writes to be healed on end to end for `minutes`; of a longer run's a part."""
+        longest = max(*self.args.minutes, self.args.rounded_minutes)
+        if self._written is None:
+            start = time.monotonic()
+            text = healing_text(replace(job, healing=Healing("full", None, longest), stages=silent))
+            self._written = text, time.monotonic() - start
+        text, seconds = self._written
+        share = minutes / longest
+        stages.seconds["write healing text"] = share * seconds
+        return text[: max(2, round(share * len(text)))]
 
     def rounded(
         self, row: Row, job: HealJob, calibration: Calibration, found: Reduction, text: Tensor | None, stages: _Clock
@@ -187,7 +202,9 @@ class Bench:
         if self.args.rounded_minutes <= 0:
             return
         last = replace(job, healing=Healing("none", None, self.args.rounded_minutes, True))
-        trained, healed = heal_rounded(last, on_grid, healing_text(last) if text is None else text)
+        if text is None:
+            text = self.text(last, self.args.rounded_minutes, stages)
+        trained, healed = heal_rounded(last, on_grid, text)
         row = replace(row, held_out=(healed.before, healed.after), tokens=healed.tokens, curve=healed.curve)
         quality, said = self.quality(trained.model), answers(trained.model, self.device)
         self.add(replace(row, rounded=f"{name}, in the loop", perplexity=quality, answers=said))

@@ -198,7 +198,7 @@ class _Block:
         tokens = step = waited = looks = broken = 0
         while self._count and best > _EXACT and waited < PATIENCE and (share := self._share(limit, tokens, clock)) < 1:
             for group in optimizer.param_groups:
-                group["lr"] = rate(PEAK, share)
+                group["lr"] = rate(PEAK, share, step)
             broken = 0 if self._step(step) else broken + 1
             if broken == BROKEN:
                 self._portions.notes.append("a layer's healing was ended early, since gradients were no numbers")

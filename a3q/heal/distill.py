@@ -237,7 +237,7 @@ class Distillation:
             return loss
         self.state.broken = 0
         for known, group in zip(self.optimizer.param_groups, self._groups, strict=True):
-            known["lr"] = rate(group.peak, share)
+            known["lr"] = rate(group.peak, share, self.state.steps - 1)
         self.optimizer.step()
         return loss
 

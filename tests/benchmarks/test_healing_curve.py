@@ -4,17 +4,41 @@ from __future__ import annotations
 
 import json
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
+from a3q.heal.stage import HealJob
 from benchmarks import healing
 from benchmarks.common import perplexity, windows
 from converters.open import open_model
 from tests.pico import corpus, write_model
 
 CPU = torch.device("cpu")
+
+
+def test_shorter_runs_get_less_of_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is written for the longest, once, is shared out by the minutes of training."""
+    text, asked = torch.arange(80).view(40, 2), []
+
+    def written(job: HealJob) -> Tensor:
+        asked.append(job.healing.minutes)
+        return text
+
+    monkeypatch.setattr(healing, "healing_text", written)
+    bench = object.__new__(healing.Bench)
+    bench.args = Namespace(minutes=[2.0, 10.0], rounded_minutes=1.0)
+    bench._written = None
+    stages, job = healing._Clock(), HealJob(*[None] * 9)  # type: ignore[arg-type]
+    assert torch.equal(bench.text(job, 2.0, stages), text[:8])
+    assert torch.equal(bench.text(job, 10.0, stages), text)
+    longest = stages.seconds["write healing text"]
+    assert len(bench.text(job, 0.01, stages)) == 2
+    assert stages.seconds["write healing text"] == pytest.approx(longest / 1000)
+    assert asked == [10.0]
 
 
 def test_rows_and_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

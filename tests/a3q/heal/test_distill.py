@@ -18,7 +18,7 @@ from a3q.heal import divergence as divergence_module
 from a3q.heal.checkpoint import restore, save
 from a3q.heal.distill import BROKEN, Distillation, Group, Recipe, Teacher, final_states, picked, split
 from a3q.heal.divergence import Slice, divergence
-from a3q.heal.schedule import Limit, rate
+from a3q.heal.schedule import WARM_UP_STEPS, Limit, rate
 from a3q.heal.student import FullStudent, Student, trained_roles
 from a3q.model import Model
 from converters.hf_reader import open_huggingface
@@ -75,11 +75,15 @@ def test_divergence_and_gradient_equal_those_of_whole_logits(
 
 
 def test_learning_rate_rises_and_falls() -> None:
-    rates = [rate(2.0, share / 1000) for share in range(1001)]
+    rates = [rate(2.0, share / 1000, 1000) for share in range(1001)]
     peak = rates.index(max(rates))
     assert rates[0] > 0 and rates[-1] == pytest.approx(0, abs=1e-12) and max(rates) == pytest.approx(2.0)
     assert rates[: peak + 1] == sorted(rates[: peak + 1]) and rates[peak:] == sorted(rates[peak:], reverse=True)
     assert 0.01 < peak / 1000 < 0.1
+    # The first of few steps are small however far the run is.
+    few = [rate(2.0, 0.3, step) for step in range(WARM_UP_STEPS + 5)]
+    assert few[:WARM_UP_STEPS] == pytest.approx([few[-1] * (i + 1) / WARM_UP_STEPS for i in range(WARM_UP_STEPS)])
+    assert few[-1] == few[WARM_UP_STEPS]
 
 
 def test_the_first_limit_counts() -> None:
