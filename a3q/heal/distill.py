@@ -228,11 +228,14 @@ class Distillation:
     def _step(self, share: float) -> float:
         """One step of the optimizer; the loss."""
         rows = picked(len(self._tokens), self._size, self._seed, self.state.steps)
-        loss = self._gradients(self._tokens[rows])
-        norms = torch.nn.utils.clip_grad_norm_(self.parameters, self._recipe.clip)
+        mean = self._gradients(self._tokens[rows])
+        size = torch.nn.utils.clip_grad_norm_(self.parameters, self._recipe.clip)
+        # A GPU is waited for once.
+        figures: list[float] = torch.stack((mean, size)).tolist()
+        loss = figures[0]
         self.state.steps += 1
         self.state.tokens += rows.numel() * self._tokens.shape[1]
-        if not (math.isfinite(loss) and bool(torch.isfinite(norms))):
+        if not all(map(math.isfinite, figures)):
             self._leave_out()
             return loss
         self.state.broken = 0
@@ -250,11 +253,11 @@ class Distillation:
                 "reduction, may help, or do without (--heal none)"
             )
 
-    def _gradients(self, tokens: Tensor) -> float:
+    def _gradients(self, tokens: Tensor) -> Tensor:
         """Mean loss on `tokens` `[B, T]`, with its gradient in the parameters."""
         own = tokens[ranks.share(len(tokens))]
         with using(self._pieces):
-            return float(self.portions.gradients(self.parameters, own, self._add))
+            return self.portions.gradients(self.parameters, own, self._add)
 
     def _add(self, part: Tensor) -> Tensor:
         # Layers that are computed twice keep track of random numbers, which no graph allows.

@@ -156,7 +156,7 @@ def test_healing_brings_predictions_back(original: Model, smaller: Model) -> Non
 def test_smaller_portions_make_the_same_gradient(original: Model, smaller: Model) -> None:
     """Memory that runs out halves what is computed at once, then computes layers twice, and then says so."""
     whole = distillation(original, smaller, steps=1)
-    loss = whole._gradients(TEXT[:8])
+    loss = float(whole._gradients(TEXT[:8]))
     expected = [parameter.grad for parameter in whole.parameters]
     run = distillation(original, smaller, steps=1)
     divergence_of, limit = run._divergence, 3
@@ -169,7 +169,7 @@ def test_smaller_portions_make_the_same_gradient(original: Model, smaller: Model
         return found
 
     run._divergence = tight  # type: ignore[method-assign]
-    assert run._gradients(TEXT[:8]) == pytest.approx(loss, rel=1e-5)
+    assert float(run._gradients(TEXT[:8])) == pytest.approx(loss, rel=1e-5)
     for parameter, gradient in zip(run.parameters, expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-6)
     assert run.portions.notes == ["memory ran out on cpu while healing: went on with 2 sequences at once"]
