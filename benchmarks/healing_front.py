@@ -23,7 +23,7 @@ from converters.gguf_writer import write_gguf
 from converters.open import demo_model, open_model
 from converters.types import resolve_quant
 
-TYPES = ("q2_k", "q3_k_s", "q3_k_m", "q4_0", "iq4_nl", "q4_1", "q4_k_m", "q5_0")
+TYPES = ("iq1_s", "iq2_xxs", "iq3_xxs", "q2_k", "q3_k_s", "q3_k_m", "q4_0", "iq4_nl", "q4_1", "q4_k_m", "q5_0")
 EMBEDDINGS = (None, "q4_0")
 CHUNKS = 64
 
