@@ -2,9 +2,9 @@
 
     python -m benchmarks.healing_front --healed FILE… --calib valid.txt --text test.raw.txt --programs BIN --work DIR
 
-Plain files are of SmolLM2-135M as in `benchmarks.quantization` (`dithered`: with noise of half a step, since the demo
-file is Q4_1 already), made by llama-quantize with an importance matrix from 64 × 1024 tokens of `--calib`; each once as
-llama-quantize would have it, and once with the embedding at Q4_0, which makes smaller files. Perplexity is over all
+Plain files are of the demo model that the healed ones come from, made by llama-quantize with an importance matrix from
+64 × 1024 tokens of `--calib`; each once as llama-quantize would have it, and once with the embedding at Q4_0, which
+makes smaller files. The demo file is Q4_1 already, so that as Q4_1 it loses nothing. Perplexity is over all
 positions of the first 8 × 1024 tokens of `--text`, in a3q's forward pass. `healing-front.md` is written to `--work`,
 where made files stay.
 """
@@ -18,7 +18,6 @@ from pathlib import Path
 from a3q.model import pick_device
 from benchmarks.common import perplexity, windows
 from benchmarks.quantization_measure import contents, run
-from benchmarks.quantization_models import dithered
 from converters.gguf_writer import write_gguf
 from converters.open import demo_model, open_model
 from converters.types import resolve_quant
@@ -40,10 +39,10 @@ class Row:
 
 def plain_files(args: argparse.Namespace) -> list[tuple[str, Path]]:
     """llama-quantize's, by name; those that are there are not made again."""
-    original: Path = args.work / "dithered-F16.gguf"
+    original: Path = args.work / "original-F16.gguf"
     if not original.exists():
-        write_gguf(dithered(demo_model()), resolve_quant("f16"), original)
-    matrix = args.work / "dithered-imatrix.gguf"
+        write_gguf(open_model(demo_model()), resolve_quant("f16"), original)
+    matrix = args.work / "original-imatrix.gguf"
     if not matrix.exists():
         part = matrix.with_suffix(".part.gguf")
         sizes = ["-c", "1024", "--chunks", str(CHUNKS), "-t", str(args.threads)]
