@@ -255,7 +255,7 @@ class _Run:
             elif i < self._untouched:
                 fitted, rest = self._streams.split(self._fitted)
                 new, new_shape, loss = scaled(w, shape, fitted, where, self.mlp_stays), shape, LayerLosses()
-                pass_on(rest.reference, self.batches, shape, lowered(w, self._dtype))
+                self._pass_rest(rest.reference, shape, w)
                 rest.reduced.x.copy_(rest.reference.x)
             else:
                 if self._healing is not None:
@@ -264,7 +264,7 @@ class _Run:
                 new, new_shape, loss = reduce_fitted(w, shape, target, fitted, self.method, rounding, self.mlp_stays)
                 if self._healing is not None:
                     # The reduced stream follows when the layer is trained.
-                    pass_on(rest.reference, self.batches, shape, lowered(w, self._dtype))
+                    self._pass_rest(rest.reference, shape, w)
                     new, loss = self._healed(i, new_shape, new, loss, self._streams, self._healing)
         except (ValueError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]  # exported at run time
             raise InputError(f"{where}: {error}; more or other calibration text may help") from error
@@ -277,6 +277,11 @@ class _Run:
             ) from error
         plain = {role: weight for role, weight in new.items() if role not in rounding.blocks}
         return Finished(to_device(plain, torch.device("cpu")), new_shape, loss, rounding.blocks, rounding.losses)
+
+    def _pass_rest(self, rest: Stream, shape: LayerShape, w: Layer) -> None:
+        """Move on through the original what the layer was not fitted to; mostly that is nothing."""
+        if len(rest.x):
+            pass_on(rest, self.batches, shape, lowered(w, self._dtype))
 
     def _healed(
         self,

@@ -19,7 +19,7 @@ from a3q.model import pick_device
 from benchmarks.common import perplexity, windows
 from benchmarks.quantization_measure import contents, run
 from converters.gguf_writer import write_gguf
-from converters.open import demo_model, open_model
+from converters.open import open_model
 from converters.types import resolve_quant
 
 TYPES = ("iq1_s", "iq2_xxs", "iq3_xxs", "q2_k", "q3_k_s", "q3_k_m", "q4_0", "iq4_nl", "q4_1", "q4_k_m", "q5_0")
@@ -41,7 +41,7 @@ def plain_files(args: argparse.Namespace) -> list[tuple[str, Path]]:
     """llama-quantize's, by name; those that are there are not made again."""
     original: Path = args.work / "original-F16.gguf"
     if not original.exists():
-        write_gguf(open_model(demo_model()), resolve_quant("f16"), original)
+        write_gguf(open_model(None), resolve_quant("f16"), original)
     matrix = args.work / "original-imatrix.gguf"
     if not matrix.exists():
         part = matrix.with_suffix(".part.gguf")
