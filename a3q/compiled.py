@@ -9,6 +9,8 @@ import torch
 
 from a3q.batching import out_of_memory
 
+_SHAPES = 64
+"""Kinds of inputs that kernels are made for, 8 by default; further ones are computed operation by operation."""
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
@@ -16,6 +18,8 @@ _R = TypeVar("_R")
 def compiled(function: Callable[_P, _R]) -> Callable[_P, _R]:
     """`function` in fused kernels, made at the first call; itself where these cannot be made, without a C compiler,
     say."""
+    # Layers and batches of many sizes share one, each with and without gradients.
+    torch._dynamo.config.recompile_limit = _SHAPES
     fused, works = torch.compile(function), True
 
     def call(*args: _P.args, **named: _P.kwargs) -> _R:

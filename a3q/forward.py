@@ -23,6 +23,9 @@ Observer = Callable[[str, Tensor], None]
 """Receives `q`, `k` before RoPE (`[B, heads, T, qk_head_dim]`), `v` and `o` (`[B, heads, T, v_head_dim]`) and `m` (`[B,
 T, F]`); of a whole block also what attention and MLP read, `attn_in` and `mlp_in` (`[B, T, hidden]`)."""
 
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""Attention of one position, as `a3q.decode_triton.attend` has it."""
+
 
 def to_device(layer: Layer, device: torch.device) -> Layer:
     """The same weights on `device`, float32, into which they are turned there: the way to it is slow."""
@@ -133,6 +136,8 @@ class KeyValueCache:
         self.capacity = capacity
         self.start: int | Tensor = 0
         """Position that comes next; an int64 `[1]` after `follow`."""
+        self.attend: Attend | None = None
+        """What looks at `keys` and `values` as far as they go; else all that `append` returns is looked at."""
         self._seen = 0
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -147,7 +152,7 @@ class KeyValueCache:
             self.start = self._seen = end
         return self.keys[:, :, : self._seen], self.values[:, :, : self._seen]
 
-    def follow(self, start: Tensor, seen: int) -> None:
+    def follow(self, start: Tensor, seen: int, attend: Attend | None = None) -> None:
         """Take single positions from now on, each at `start` `[1]`, which the caller moves on.
 
         What runs is then the same for all positions below `seen`, as a CUDA graph needs it.
@@ -156,7 +161,7 @@ class KeyValueCache:
             # Masked, but what is no number would come through a product with zero.
             self.keys[:, :, self.start :] = 0
             self.values[:, :, self.start :] = 0
-        self.start, self._seen = start, seen
+        self.start, self._seen, self.attend = start, seen, attend
 
 
 def norm(config: ModelConfig, w: Layer, role: str, x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -176,6 +181,12 @@ def head_norm(config: ModelConfig, weight: Tensor, x: Tensor) -> Tensor:
     return x * scale * weight.view(-1, 1, x.shape[-1])
 
 
+def only_causal(config: ModelConfig, shape: LayerShape, keys: int) -> bool:
+    """Whether of `keys` positions each looks at all up to itself, and at all alike."""
+    windowed = shape.sliding_window is not None and shape.sliding_window < keys
+    return not windowed and not config.alibi_slopes
+
+
 def score_bias(
     config: ModelConfig, shape: LayerShape, start: int | Tensor, queries: int, keys: int, device: torch.device
 ) -> Tensor | None:
@@ -183,8 +194,7 @@ def score_bias(
 
     None where the queries are the last of the keys and the causal mask is all there is.
     """
-    windowed = shape.sliding_window is not None and shape.sliding_window < keys
-    if isinstance(start, int) and not windowed and not config.alibi_slopes:
+    if isinstance(start, int) and only_causal(config, shape, keys):
         return None
     distance = (start + torch.arange(queries, device=device))[:, None] - torch.arange(keys, device=device)
     hidden = distance < 0
@@ -231,16 +241,22 @@ def attention_inner(
     q, k = turn(q, v.dtype), turn(k, v.dtype)
     if cache is not None:
         k, v = cache.append(k, v)
-    bias = score_bias(config, shape, start, T, k.shape[2], x.device)
-    bias = None if bias is None else bias.to(v.dtype)
     if T == 1:
         # The queries that share a key head are as good as several positions, and no key is copied for them.
         groups, shared = config.num_key_value_heads, config.queries_per_group
         grouped = q.reshape(B, groups, shared, -1)
-        if bias is not None and len(bias) > 1:
-            bias = bias.reshape(groups, shared, -1)
-        o = F.scaled_dot_product_attention(grouped, k, v, bias).reshape(B, config.num_attention_heads, 1, -1)
+        if cache is not None and cache.attend is not None and isinstance(start, Tensor):
+            o = cache.attend(grouped, cache.keys, cache.values, start)
+        else:
+            bias = score_bias(config, shape, start, T, k.shape[2], x.device)
+            bias = None if bias is None else bias.to(v.dtype)
+            if bias is not None and len(bias) > 1:
+                bias = bias.reshape(groups, shared, -1)
+            o = F.scaled_dot_product_attention(grouped, k, v, bias)
+        o = o.reshape(B, config.num_attention_heads, 1, -1)
     else:
+        bias = score_bias(config, shape, start, T, k.shape[2], x.device)
+        bias = None if bias is None else bias.to(v.dtype)
         o = F.scaled_dot_product_attention(
             q,
             k,
@@ -307,11 +323,11 @@ def block(
     read = norm(config, w, "attn_norm", x, dtype)
     if observe is not None:
         observe("attn_in", read)
-    y = x + norm(config, w, "attn_post_norm", attention(config, shape, w, read, observe, cache))
+    y = pieces().add(x, norm(config, w, "attn_post_norm", attention(config, shape, w, read, observe, cache)))
     read = norm(config, w, "mlp_norm", x if config.parallel_residual else y, dtype)
     if observe is not None:
         observe("mlp_in", read)
-    return y + norm(config, w, "mlp_post_norm", mlp(config, w, read, observe))
+    return pieces().add(y, norm(config, w, "mlp_post_norm", mlp(config, w, read, observe)))
 
 
 def embed(model: Model, tokens: Tensor, start: int | Tensor = 0) -> Tensor:

@@ -1,7 +1,8 @@
 """What of a layer is neither product nor attention: each operation a pass over memory, unless kernels are fused.
 
-A step of SmolLM2-135M at 25 % on 32,768 tokens keeps an H200 busy for 167 ms, in fused kernels for 115 ms. What
-torch.compile made of whole layers, which differ in their sizes, was slower than they are.
+A step of SmolLM2-135M at 25 % on 32,768 tokens keeps an H200 busy for 167 ms, in fused kernels for 115 ms; 8192 texts
+written side by side come at 443k tokens a second instead of 364k. What torch.compile made of whole layers, which differ
+in their sizes, was slower than they are.
 """
 
 from __future__ import annotations
@@ -43,6 +44,20 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.cat((re * cos - im * sin, im * cos + re * sin, rest), dim=-1).to(dtype)
 
 
+def _rotate_as_stored(x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same with the heads of a position side by side, as products give `x` and take its gradient."""
+    x, cos, sin = (one.transpose(-3, -2) for one in (x, cos, sin))
+    return _rotate(x, cos, sin, dtype).transpose(-3, -2)
+
+
+def _add(x: Tensor, y: Tensor) -> Tensor:
+    return x + y
+
+
+def _block_sums(logits: Tensor, most: Tensor) -> Tensor:
+    return (logits.float() - most).exp().sum(-1)
+
+
 def activated(activation: str, x: Tensor) -> Tensor:
     """What an MLP's activation, by name, makes of `x`."""
     return _ACTIVATIONS[activation](x)
@@ -62,6 +77,10 @@ class Pieces:
     """`[B, heads, T, d]` turned by `cos` and `sin` `[lists, T, m]`, pair `p` being (`p`, `p + m`), in `dtype`."""
     gated: Callable[[str, Tensor, Tensor], Tensor] = _gated
     """What `activated` makes of `gate`, times `up`."""
+    add: Callable[[Tensor, Tensor], Tensor] = _add
+    """Sum of hidden states and what is added to them, which may be of another type."""
+    block_sums: Callable[[Tensor, Tensor], Tensor] = _block_sums
+    """Sums over the last dimension of `exp(logits − most)` of logits `[B, blocks, n]` and `most` `[B, 1, 1]`."""
 
 
 _used = Pieces()
@@ -80,7 +99,9 @@ def fusing() -> Pieces:
         # One size that differs from layer to layer is soon any size.
         return gated(activation, gate.flatten(), up.flatten()).view_as(up)
 
-    return Pieces(compiled(_rms_norm_in_words), compiled(_rotate), flat)
+    return Pieces(
+        compiled(_rms_norm_in_words), compiled(_rotate_as_stored), flat, compiled(_add), compiled(_block_sums)
+    )
 
 
 @contextmanager

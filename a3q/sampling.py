@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -10,8 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from a3q.forward import KeyValueCache, block, compute_dtype, embed, lowered, norm, to_device
+from a3q.forward import Attend, KeyValueCache, block, compute_dtype, embed, lowered, norm, only_causal, to_device
+from a3q.graphs import BEFORE, recording
 from a3q.model import Model
+from a3q.pieces import pieces
+from a3q.solve.gptq import kernels
 
 OPEN = -1
 """In prompts: what comes here is the model's to say. Only behind a prompt's end, where others are longer."""
@@ -19,13 +23,11 @@ _KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBacke
 """Without cuDNN, which plans anew for every length: 10 ms a layer and token on an H200, of which the rest of the layer
 takes 0.7."""
 _WINDOW = 128
-"""Positions that one CUDA graph serves; attention in it looks at all keys up to the last of them."""
+"""Positions that one CUDA graph serves where attention in it looks at all keys up to the last of them."""
 _ALIGNED = 8
 """Keys in all that attention looks at are a multiple of this, as its kernels need it of a mask."""
 _BLOCK = 256
 """Tokens whose probabilities are summed up together."""
-_BEFORE = 3
-"""Steps that run by themselves before one is recorded, so that all that libraries set up is there."""
 _TOLD = 16
 """Steps on a GPU after which it is waited for, so that progress tells what is done."""
 
@@ -77,26 +79,28 @@ def pick(logits: Tensor, temperature: float, top_p: float, drawn: Tensor) -> Ten
     race of all tokens needs as many as there are tokens, which took half as long as the model itself.
     """
     scaled = logits if temperature == 1 else logits.float() / temperature
-    probabilities = F.softmax(scaled, dim=-1, dtype=torch.float32)
     if top_p < 1:
-        ordered, order = probabilities.sort(dim=-1, descending=True)
-        ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered > top_p, 0)
-        probabilities = torch.zeros_like(probabilities).scatter_(-1, order, ordered)
-    return _reached(probabilities, drawn)
+        ordered, order = F.softmax(scaled, dim=-1, dtype=torch.float32).sort(dim=-1, descending=True)
+        out = ordered.cumsum(-1) - ordered > top_p
+        scaled = scaled.masked_fill(torch.zeros_like(out).scatter_(-1, order, out), -math.inf)
+    return _reached(scaled, drawn)
 
 
-def _reached(weights: Tensor, share: Tensor) -> Tensor:
-    """The first index of each row of `[B, n]` at which the sum so far is above that `share` `[B]`, below 1, of it all.
+def _reached(logits: Tensor, share: Tensor) -> Tensor:
+    """The first index of each row of `[B, n]` at which the sum of `exp(logits)` so far is above that `share` `[B]`,
+    below 1, of it all.
 
     Sums of blocks first, then those in the one block that matters: half the time of all of them in float64.
     """
-    count = weights.shape[-1]
-    padded = F.pad(weights, (0, -count % _BLOCK)) if count % _BLOCK else weights
-    blocks = padded.view(len(weights), -1, _BLOCK)
-    sums = blocks.sum(-1).cumsum(-1, dtype=torch.float64)
+    count = logits.shape[-1]
+    most = logits.amax(-1, keepdim=True).float()
+    padded = F.pad(logits, (0, -count % _BLOCK), value=-math.inf) if count % _BLOCK else logits
+    blocks = padded.view(len(logits), -1, _BLOCK)
+    sums = pieces().block_sums(blocks, most[..., None]).cumsum(-1, dtype=torch.float64)
     wanted = share[:, None] * sums[:, -1:]
     block = torch.searchsorted(sums, wanted, right=True).clamp_max(sums.shape[-1] - 1)
-    inside = blocks.gather(1, block[..., None].expand(-1, -1, _BLOCK))[:, 0].cumsum(-1, dtype=torch.float64)
+    one = blocks.gather(1, block[..., None].expand(-1, -1, _BLOCK))[:, 0]
+    inside = (one.float() - most).exp().cumsum(-1, dtype=torch.float64)
     # By rounding it could be outside of the block, where a weight may be 0.
     rest = (wanted - sums.gather(1, block) + inside[:, -1:]).clamp_min(0)
     rest = torch.minimum(rest, torch.nextafter(inside[:, -1:], torch.zeros_like(rest)))
@@ -172,14 +176,25 @@ def sample(
         ids.index_copy_(1, behind, chosen[:, None])
         position.add_(1)
 
+    attend = _kernel() if all(only_causal(config, shape, length) for shape in config.layers) else None
+    window = _WINDOW if attend is None else length
     # The last token is not read: nothing comes behind it.
-    for start in range(P, length - 1, _WINDOW):
-        end = min(start + _WINDOW, length - 1)
+    for start in range(P, length - 1, window):
+        end = min(start + window, length - 1)
         for cache in caches:
-            cache.follow(position, min(length, -(-end // _ALIGNED) * _ALIGNED))
+            cache.follow(position, min(length, -(-end // _ALIGNED) * _ALIGNED), attend)
         for _ in _repeated(step, end - start):
             on_tokens(B)
     return ids.cpu()
+
+
+def _kernel() -> Attend | None:
+    """Attention of a single position, where Triton can make it."""
+    if kernels() is None:
+        return None
+    from a3q.decode_triton import attend
+
+    return attend
 
 
 def _repeated(step: Callable[[], None], count: int) -> Iterator[None]:
@@ -189,12 +204,11 @@ def _repeated(step: Callable[[], None], count: int) -> Iterator[None]:
     """
     recorded: torch.cuda.CUDAGraph | None = None
     for i in range(count):
-        if i < _BEFORE:
+        if i < BEFORE:
             step()
         else:
             if recorded is None:
-                recorded = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(recorded):
+                with recording() as recorded:
                     step()
             recorded.replay()
         if i % _TOLD == 0:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -17,7 +18,7 @@ from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
 
 from a3q.errors import InputError
 from a3q.families import family_for_hf
-from a3q.forward import KeyValueCache, block, embed, hidden_states, norm, output_logits
+from a3q.forward import Attend, KeyValueCache, block, embed, hidden_states, norm, only_causal, output_logits
 from a3q.model import Model
 from converters.hf_config import config_from_hf
 from converters.hf_reader import open_huggingface, read_config
@@ -106,11 +107,22 @@ def test_cached_decoding_equals_the_whole_pass(tmp_path: Path, name: str) -> Non
     torch.testing.assert_close(torch.cat(states, 1), hidden_states(model, ids, CPU), rtol=1e-4, atol=1e-4)
 
 
+def up_to(q: Tensor, k: Tensor, v: Tensor, position: Tensor) -> Tensor:
+    """What `a3q.decode_triton.attend` does."""
+    end = int(position) + 1
+    return F.scaled_dot_product_attention(q, k[:, :, :end], v[:, :, :end])
+
+
+@pytest.mark.parametrize("attend", [None, up_to])
 @pytest.mark.parametrize("name", [*KINDS, "mistral-window", "phi3-partial", "mpt-six-heads"])
-def test_decoding_at_a_position_in_a_tensor_equals_the_whole_pass(tmp_path: Path, name: str) -> None:
+def test_decoding_at_a_position_in_a_tensor_equals_the_whole_pass(
+    tmp_path: Path, name: str, attend: Attend | None
+) -> None:
     """As a recorded graph decodes: the same operations for every position, looking at keys that are not there yet."""
     model = open_huggingface(write_model(tmp_path / "m", **VARIANTS[name]))
     ids, config, layers = tokens(3), model.config, list(model.layers)
+    if attend is not None and not all(only_causal(config, shape, LENGTH) for shape in config.layers):
+        pytest.skip("looks at other keys")
     caches = [KeyValueCache(config, shape, 3, LENGTH, CPU) for shape in config.layers]
     for cache in caches:
         cache.values.fill_(torch.nan)
@@ -118,7 +130,7 @@ def test_decoding_at_a_position_in_a_tensor_equals_the_whole_pass(tmp_path: Path
     for i in range(LENGTH):
         if i == 20:
             for cache in caches:
-                cache.follow(position.fill_(i), LENGTH)
+                cache.follow(position.fill_(i), LENGTH, attend)
         start = position if i >= 20 else i
         x = embed(model, ids[:, i : i + 1], start)
         for shape, w, cache in zip(config.layers, layers, caches, strict=True):

@@ -13,9 +13,7 @@ import torch
 from torch import Tensor
 
 from a3q.batching import out_of_memory
-
-_BEFORE = 3
-"""Times that a shape runs by itself before it is recorded, so that all that libraries set up is there."""
+from a3q.graphs import BEFORE, recording
 
 Loss = Callable[[Tensor], Tensor]
 
@@ -53,7 +51,7 @@ class Recorded:
         if part.shape != self._shape:
             self._known, self._shape, self._seen = None, part.shape, 0
         self._seen += 1
-        if self._works and self._known is None and self._seen > _BEFORE:
+        if self._works and self._known is None and self._seen > BEFORE:
             self._known = self._record(part)
         if self._known is not None:
             return self._replay(self._known, part)
@@ -63,11 +61,11 @@ class Recorded:
         # A graph has memory of its own.
         torch.cuda.empty_cache()
         had = [parameter.grad for parameter in self._parameters]
-        graph, part = torch.cuda.CUDAGraph(), part.clone()
+        part = part.clone()
         try:
             gradients = [torch.zeros_like(parameter) for parameter in self._parameters]
             self._attach(gradients)
-            with torch.cuda.graph(graph):
+            with recording() as graph:
                 loss = add_gradients(self._loss, part)
         except Exception as error:  # whatever a library does only outside of a graph
             if out_of_memory(error):
@@ -80,10 +78,11 @@ class Recorded:
         return _Graph(graph, part, loss, gradients)
 
     def _replay(self, known: _Graph, part: Tensor) -> Tensor:
+        fresh = [own for one, own in zip(self._parameters, known.gradients, strict=True) if one.grad is None]
+        if fresh:
+            torch._foreach_zero_(fresh)
         for parameter, gradient in zip(self._parameters, known.gradients, strict=True):
-            if parameter.grad is None:
-                gradient.zero_()
-            elif parameter.grad is not gradient:
+            if parameter.grad is not None and parameter.grad is not gradient:
                 gradient.copy_(parameter.grad)
         self._attach(known.gradients)
         known.part.copy_(part)

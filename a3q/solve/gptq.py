@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from a3q.graphs import recording
 from a3q.solve.grid import Blocks, Grid
 from a3q.solve.scales import Rounding, Scales, codes, refresh, search
 
@@ -228,8 +229,7 @@ class _Recorded:
             # Libraries set themselves up in a first run, which cannot be recorded.
             self._run()
         torch.cuda.current_stream(device).wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        with recording() as self._graph:
             self._found = self._run()
 
     def _run(self) -> _Found:

@@ -59,6 +59,11 @@ def test_fused_pieces_give_the_same(dtype: torch.dtype) -> None:
             [drawn(2, T, 6 + T, dtype=dtype), drawn(2, T, 6 + T, seed=1, dtype=dtype)],
         )
 
+        alike(fused.add, plain.add, [drawn(2, T, 24), drawn(2, T, 24, seed=1, dtype=dtype)])
+        logits = drawn(3, T, 8, dtype=dtype)
+        most = logits.float().amax((1, 2), keepdim=True)
+        torch.testing.assert_close(fused.block_sums(logits, most), (logits.float() - most).exp().sum(-1))
+
     for T in (5, 7, 5):
         check(T)
 

@@ -214,7 +214,7 @@ def test_what_is_reached_is_found_by_blocks(count: int) -> None:
     weights[1, :-1] = 0
     share = torch.rand(64, dtype=torch.float64, generator=generator)
     share[:4] = torch.tensor([0.0, 0.0, 1 - 2**-53, 0.5], dtype=torch.float64)
-    found = _reached(weights, share)
+    found = _reached(weights.log(), share)
     sums = weights.double().cumsum(-1)
     known = (sums <= share[:, None] * sums[:, -1:]).sum(-1)
     assert (weights.gather(1, found[:, None]) > 0).all()

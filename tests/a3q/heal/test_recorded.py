@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from a3q.graphs import BEFORE
 from a3q.heal import recorded
 from a3q.heal.recorded import Recorded, add_gradients
 
@@ -61,14 +62,14 @@ def test_memory_that_runs_out_is_for_the_caller(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(torch.cuda, "graph", full)
     weight = WEIGHT.clone().requires_grad_()
     run = Recorded(loss(weight), [weight])
-    *some, last = parts(recorded._BEFORE + 1, 4)
+    *some, last = parts(BEFORE + 1, 4)
     for part in some:
         run(part)
     before = weight.grad
     with pytest.raises(torch.OutOfMemoryError):
         run(last)
     assert weight.grad is before
-    for part in parts(recorded._BEFORE, 2):
+    for part in parts(BEFORE, 2):
         run(part)
     with pytest.raises(torch.OutOfMemoryError):
         run(last[:2])
@@ -79,7 +80,7 @@ def test_a_graph_gives_the_same() -> None:
     weight = WEIGHT.cuda().requires_grad_()
     run = Recorded(loss(weight), [weight])
     for rows in (3, 2):
-        for part in parts(recorded._BEFORE + 3, rows, "cuda"):
+        for part in parts(BEFORE + 3, rows, "cuda"):
             # Twice, as two portions of a step.
             weight.grad = None
             found = [float(run(part)) for _ in range(2)]
