@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from a3q import ranks
-from a3q.forward import block, lowered, norm, to_device
+from a3q.forward import block, lowered, norm
 from a3q.heal.distill import BROKEN, picked
 from a3q.heal.divergence import divergence
 from a3q.heal.portions import Portions, discard
@@ -125,8 +125,11 @@ class PredictionDistance:
     def __init__(self, model: Model, device: torch.device, dtype: torch.dtype) -> None:
         """`model` has the norm and the output weight behind the layer."""
         self._config, self._dtype = model.config, dtype
-        self._top = to_device({r: w for r, w in model.top.items() if r.startswith("final_norm")}, device)
-        self._output = model.output.to(device, dtype)
+        # The layers come in a pass without gradients, whose tensors nothing may keep for a backward pass.
+        with torch.inference_mode(False):
+            final = {role: weight for role, weight in model.top.items() if role.startswith("final_norm")}
+            self._top = {role: weight.to(device, torch.float32, copy=True) for role, weight in final.items()}
+            self._output = model.output.to(device, dtype)
 
     def __call__(self, y: Tensor, wanted: Tensor, step: int | None) -> Tensor:
         """See `Distance`."""

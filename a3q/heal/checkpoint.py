@@ -24,6 +24,7 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 def save(run: Distillation, path: Path) -> None:
     """Keep all of it; InputError where the disk is full."""
+    run.settle()
     tensors: dict[str, Tensor] = {}
     steps = 0
     for i, parameter in enumerate(run.parameters):

@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -89,6 +89,16 @@ class State:
     """How many of them were the last ones."""
 
 
+@dataclass(frozen=True)
+class _Step:
+    """A step of the optimizer, maybe still on its way."""
+
+    figures: Tensor
+    """Loss, and norm of the gradient."""
+    tokens: int
+    """Trained on with it."""
+
+
 def split(tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Training and held-out sequences of `[N, T]`; InputError where there are not two."""
     if len(tokens) < 2:
@@ -106,8 +116,13 @@ def picked(count: int, size: int, seed: int, step: int) -> Tensor:
     """
     first, last = step * size, (step + 1) * size - 1
     passes = range(first // count, last // count + 1)
-    shuffled = [torch.randperm(count, generator=torch.Generator().manual_seed((seed << 20) + i)) for i in passes]
-    return torch.cat(shuffled)[first - passes[0] * count :][:size]
+    return torch.cat([_shuffled(count, (seed << 20) + i) for i in passes])[first - passes[0] * count :][:size]
+
+
+@lru_cache(maxsize=2)
+def _shuffled(count: int, seed: int) -> Tensor:
+    """A pass, kept for the steps that share it: that many numbers take as long as a small model's step."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
 
 
 class Teacher:
@@ -182,6 +197,8 @@ class Distillation:
         self.portions = Portions(self._size, device, True, advice)
         self.parameters = [parameter for group in groups for parameter in group.parameters]
         self._recorded = Recorded(self._loss, self.parameters)
+        self._last: _Step | None = None
+        """What was not waited for."""
         self.optimizer = torch.optim.AdamW(
             [{"params": group.parameters, "weight_decay": group.decay} for group in groups],
             betas=recipe.betas,
@@ -199,11 +216,17 @@ class Distillation:
             self.state.before = self.held_out_loss()
         clock, spent = time.monotonic(), self.state.seconds
         while (share := self._share()) < 1:
-            loss = self._step(share)
+            self._step(share)
             self.state.seconds = spent + time.monotonic() - clock
-            self._note(loss)
             on_progress(self._share())
             on_step()
+        self.settle()
+
+    def settle(self) -> None:
+        """Wait for the last step, so that `state` and parameters are those of one time."""
+        if self._last is not None:
+            last, self._last = self._last, None
+            self._judge(last)
 
     @torch.no_grad()
     def held_out_loss(self) -> float:
@@ -225,26 +248,30 @@ class Distillation:
         share = torch.tensor(self._limit.progress(self.state.tokens, self.state.seconds), dtype=torch.float64)
         return float(ranks.agreed(share))
 
-    def _step(self, share: float) -> float:
-        """One step of the optimizer; the loss."""
+    def _step(self, share: float) -> None:
+        """One step of the optimizer, of which a GPU knows before it is through with the one before."""
         rows = picked(len(self._tokens), self._size, self._seed, self.state.steps)
         mean = self._gradients(self._tokens[rows])
         size = torch.nn.utils.clip_grad_norm_(self.parameters, self._recipe.clip)
-        # A GPU is waited for once.
-        figures: list[float] = torch.stack((mean, size)).tolist()
-        loss = figures[0]
+        for known, group in zip(self.optimizer.param_groups, self._groups, strict=True):
+            known["lr"] = rate(group.peak, share, self.state.steps)
+        figures = torch.stack((mean, size))
+        # Where they are no numbers it does nothing, and finds that out on the GPU, which need not be waited for.
+        self.optimizer.found_inf = (~figures.isfinite().all()).float()  # type: ignore[attr-defined]
+        self.optimizer.step()
         self.state.steps += 1
         self.state.tokens += rows.numel() * self._tokens.shape[1]
-        if not all(map(math.isfinite, figures)):
-            self._leave_out()
-            return loss
-        self.state.broken = 0
-        for known, group in zip(self.optimizer.param_groups, self._groups, strict=True):
-            known["lr"] = rate(group.peak, share, self.state.steps - 1)
-        self.optimizer.step()
-        return loss
+        last, self._last = self._last, _Step(figures, self.state.tokens)
+        if last is not None:
+            self._judge(last)
 
-    def _leave_out(self) -> None:
+    def _judge(self, step: _Step) -> None:
+        """What came out of a step."""
+        loss, length = step.figures.tolist()
+        self._note(loss, step.tokens)
+        if math.isfinite(loss) and math.isfinite(length):
+            self.state.broken = 0
+            return
         self.state.left_out += 1
         self.state.broken += 1
         if self.state.broken == BROKEN:
@@ -263,7 +290,7 @@ class Distillation:
         # Layers that are computed twice keep track of random numbers, which no graph allows.
         if self._device.type != "cuda" or self.portions.recompute:
             return add_gradients(self._loss, part)
-        return self._recorded(part.to(self._device))
+        return self._recorded(part.pin_memory().to(self._device, non_blocking=True))
 
     def _loss(self, part: Tensor) -> Tensor:
         """What some of a step's sequences add to its loss."""
@@ -277,12 +304,12 @@ class Distillation:
         flat, wanted = (x.to(self._dtype).flatten(0, 1) for x in (states, wanted))
         return divergence(flat, self._output, wanted, self._teacher_output, of_slice)
 
-    def _note(self, loss: float) -> None:
+    def _note(self, loss: float, tokens: int) -> None:
         """Add to the curve, in even distances of the whole run."""
         state, points = self.state, self._recipe.points
         state.since.append(loss)
-        if len(state.curve) < math.floor(points * self._limit.progress(state.tokens, state.seconds)):
+        if len(state.curve) < math.floor(points * self._limit.progress(tokens, state.seconds)):
             known = [one for one in state.since if math.isfinite(one)]
             if known:
-                state.curve.append(Point(state.tokens, state.seconds, sum(known) / len(known)))
+                state.curve.append(Point(tokens, state.seconds, sum(known) / len(known)))
             state.since = []

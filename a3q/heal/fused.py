@@ -11,12 +11,12 @@ import torch
 
 from a3q.heal.schedule import Limit
 
-_WORTH_S = 120.0
-_WORTH_TOKENS = 8 << 20
-"""Of training, below which making kernels (20 s) does not pay."""
+_WORTH_S = 36.0
+_WORTH_TOKENS = 5 << 20
+"""Of work, below which making kernels (20 s) does not pay."""
 
 
 def pays(limit: Limit, device: torch.device) -> bool:
-    """Whether training on `device` is so long that fused kernels save time."""
+    """Whether training or writing on `device` is so long that fused kernels save time."""
     long = limit.seconds is None or limit.seconds >= _WORTH_S
     return device.type == "cuda" and long and (limit.tokens is None or limit.tokens >= _WORTH_TOKENS)

@@ -24,6 +24,7 @@ from a3q.heal.student import FullStudent, Student
 from a3q.heal.text import healing_text as written
 from a3q.heal.text import without
 from a3q.model import Model
+from a3q.pieces import fusing, pieces, using
 from a3q.progress import Stages, to_share
 from a3q.reduce import Reduction
 from a3q.solve.grid import Blocks
@@ -46,10 +47,10 @@ STEP_TOKENS = {"cpu": 1024, "cuda": 16384}
 42.2 in 202 steps of 16,384 tokens and to 41.9 in 176 of 32,768 (Muon in both; AdamW in 178 of these to 42.2)."""
 LENGTH = 1024
 """Tokens of a sequence, at most."""
-PASSES = 3
-"""Over the text, where the model writes it: to write a token takes twice as long as to train on it, but in the second
-pass over 3M tokens the loss on them was a fifth lower at once, on others not."""
-_MOST = 1 << 27
+PASSES = {"cpu": 3, "cuda": 1}
+"""Over the text, where the model writes it. In a second pass the loss on what is known is a fifth lower at once, on
+other text not; but on a CPU to write a token takes longer than to train on it, on a GPU two thirds as long."""
+_MOST = 1 << 28
 """Tokens of text, at most."""
 _FEWEST = 16
 """Sequences of text, at least."""
@@ -219,15 +220,16 @@ def healing_text(job: HealJob) -> Tensor:
     phases = [rounded for rounded, wanted in ((False, healing.full), (True, healing.quant)) if wanted]
     tokens, seconds = zip(*(healing.end_to_end(rounded) for rounded in phases), strict=True)
     length = min(LENGTH, job.length)
-    wanted = _MOST if None in tokens else min(_MOST, sum(tokens) // PASSES)
+    wanted = _MOST if None in tokens else min(_MOST, sum(tokens) // PASSES[job.device.type])
     wanted = max(_FEWEST, -(-wanted // length)) * length
-    end = math.inf if None in seconds else time.monotonic() + _WRITING * sum(seconds)
+    most = math.inf if None in seconds else _WRITING * sum(seconds)
+    end, fused = time.monotonic() + most, pays(Limit(wanted, most), job.device)
 
     def text() -> Tensor:
         known = None if job.work is None else job.work.tokens("healing-text")
         if known is None:
             title = "write healing text" if SELF in job.sources else "read healing text"
-            with job.stages(title, wanted) as advance:
+            with job.stages(title, wanted) as advance, using(fusing() if fused else pieces()):
                 known = written(
                     job.original,
                     job.sources,

@@ -161,6 +161,17 @@ def test_distance_of_predictions_is_their_kl(tmp_path: Path) -> None:
     assert float(distance(y[:, :1], wanted[:, :1], 3)) == pytest.approx(float(kl[:, 0].sum()), rel=1e-4)
 
 
+def test_predictions_are_learnt_in_a_pass_without_gradients(tmp_path: Path) -> None:
+    """What is made in it cannot be kept for a backward pass, on a GPU all that comes there."""
+    model = open_huggingface(write_model(tmp_path / "m", "gpt2", initializer_range=0.2))
+    with torch.inference_mode():
+        model = replace(model, top={role: weight.clone() for role, weight in model.top.items()})
+        distance = PredictionDistance(model, CPU, torch.float32)
+    y = states(model, seed=3, count=2).requires_grad_()
+    distance(y, states(model, seed=4, count=2), 0).backward()  # type: ignore[no-untyped-call]
+    assert y.grad is not None and bool(y.grad.abs().sum() > 0)
+
+
 def test_a_last_layer_learns_to_predict(tmp_path: Path) -> None:
     model = open_huggingface(write_model(tmp_path / "m", "llama", initializer_range=0.2))
     config, shape, layer = model.config, model.config.layers[-1], model.layers[-1]

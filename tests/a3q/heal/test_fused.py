@@ -16,7 +16,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
     [
         (None, 600.0, CUDA, True),
         (None, 600.0, CPU, False),
-        (None, 60.0, CUDA, False),
+        (None, 30.0, CUDA, False),
         (100 << 20, None, CUDA, True),
         (1 << 20, None, CUDA, False),
         (1 << 20, 600.0, CUDA, False),

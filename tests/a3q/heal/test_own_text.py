@@ -16,6 +16,8 @@ from a3q.errors import InputError
 from a3q.heal import own_text
 from a3q.heal.own_text import GENRES, conversation, own_texts, request
 from a3q.model import Model
+from a3q.pieces import Pieces, pieces, using
+from a3q.sampling import sample
 from tests.a3q.heal.chatty import TEMPLATE, begins, runs
 from tests.pico import VOCAB
 
@@ -77,6 +79,22 @@ def test_kinds_have_their_shares(chat: Model) -> None:
     assert (others[:, 0] == BOS).all() == tokenizer.add_bos
     assert others[:, int(tokenizer.add_bos)].unique().numel() > 30
     assert not runs(others, len(header) + 1) & {(EOS, *header)}
+
+
+def test_only_rounds_of_the_largest_size_use_kernels_made_for_it(chat: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[tuple[int, bool]] = []
+    other = Pieces(add=lambda x, y: x + y)
+
+    def noted(model: Model, prompts: Tensor, *args: Any, **named: Any) -> Tensor:
+        used.append((len(prompts), pieces() is other))
+        return sample(model, prompts, *args, **named)
+
+    monkeypatch.setattr(calibration, "sample", noted)
+    monkeypatch.setattr(own_text, "_AT_ONCE", {"cpu": 32})
+    with using(other):
+        assert len(written(chat, 80, 24)) == 80
+        assert pieces() is other
+    assert used == [(10, False), (32, True), (32, True), (6, False)]
 
 
 @pytest.mark.parametrize(
