@@ -11,7 +11,8 @@ is written once, and each gets as much of it, and is charged as many seconds, as
 is then rounded by GPTQ to `--type` (all matrices of the layers; the embedding to `--embedding`), and with
 `--rounded-minutes` trained on with the rounding in the loop. With `--keep` each rounded model is also written as a GGUF
 to `--out`, for `benchmarks.healing_front`. `answers` are the model's own to a dozen questions, the likeliest token each
-time. Rows are added to `healing.json` in `--out`, and `healing.md` and `healing.png` are made of all that is there.
+time. Rows are added to `healing.json` in `--out`, and `healing.md` and `healing.png` are made of all that is there;
+where there are several GPUs, a process on each (`CUDA_VISIBLE_DEVICES`) may add its own.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
+from fcntl import LOCK_EX, flock
 from pathlib import Path
 
 import torch
@@ -107,7 +109,6 @@ class Bench:
             self.texts["ood"] = text_windows(model, args.ood, 8)
         self.name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
         self.path: Path = args.out / "healing.json"
-        self.rows: list[dict[str, object]] = json.loads(self.path.read_text()) if self.path.exists() else []
         self._calibrations: dict[bool, Calibration] = {}
         self._written: tuple[Tensor, float] | None = None
         """Text for the longest run, and in what time."""
@@ -121,11 +122,20 @@ class Bench:
             print(f"calibration text: {time.monotonic() - start:.0f} s", flush=True)
         return self._calibrations[blocks]
 
+    @property
+    def rows(self) -> list[dict[str, object]]:
+        """All that is known; other processes, on other GPUs, may add to it."""
+        found: list[dict[str, object]] = json.loads(self.path.read_text()) if self.path.exists() else []
+        return found
+
     def add(self, row: Row) -> None:
         """Note a row and say it."""
-        self.rows.append(asdict(row))
         self.args.out.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(json.dumps(self.rows, indent=1) + "\n")
+        with self.path.with_suffix(".lock").open("w") as lock:
+            flock(lock, LOCK_EX)
+            beside = self.path.with_suffix(".new")
+            beside.write_text(json.dumps([*self.rows, asdict(row)], indent=1) + "\n")
+            beside.replace(self.path)
         figures = "  ".join(f"{text} {value:.2f}" for text, value in row.perplexity.items())
         seconds = ", ".join(f"{stage} {value:.0f}" for stage, value in row.seconds.items())
         kind = f"{row.ratio:.0%} {row.mode} {row.minutes:g} min {row.rounded or 'not rounded'}"

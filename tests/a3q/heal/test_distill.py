@@ -33,12 +33,15 @@ def distillation(
     peak: float = 3e-3,
     size: int = 8,
     student: Student | None = None,
+    device: torch.device = CPU,
+    dtype: torch.dtype = torch.float32,
+    fused: bool = False,
 ) -> Distillation:
-    student = student or FullStudent(smaller, CPU, torch.float32)
+    student = student or FullStudent(smaller, device, dtype)
     limit, recipe = Limit(steps * size * LENGTH, None), Recipe(step_tokens=size * LENGTH)
-    teacher = Teacher(original, CPU, torch.float32)
+    teacher = Teacher(original, device, dtype)
     groups = [Group(student.parameters(), peak)]
-    return Distillation(teacher, student, groups, TEXT, limit, CPU, torch.float32, 7, recipe)
+    return Distillation(teacher, student, groups, TEXT, limit, device, dtype, 7, recipe, fused)
 
 
 def finished(run: Distillation) -> list[Tensor]:
@@ -232,6 +235,29 @@ def test_a_run_goes_on_from_a_checkpoint_to_the_same_bits(
     ]
     assert told[0] == told[1]
     assert second.held_out_loss() == whole.held_out_loss()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is here")
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_gpu_learns_as_much_also_where_it_goes_on(
+    original: Model, smaller: Model, tmp_path: Path, fused: bool
+) -> None:
+    """In recorded steps; those behind a checkpoint run by themselves at first, so that the last bits are others."""
+    known = distillation(original, smaller, steps=60)
+    known.train(lambda _: None)
+    path = tmp_path / "heal.safetensors"
+
+    def on_gpu() -> Distillation:
+        return distillation(original, smaller, 60, device=torch.device("cuda"), dtype=torch.bfloat16, fused=fused)
+
+    run, second = on_gpu(), on_gpu()
+    run.train(lambda _: None, lambda: save(run, path) if run.state.steps == 30 else None)
+    assert run._recorded._known is not None
+    assert restore(second, path) and second.state.steps == 30
+    second.train(lambda _: None)
+    for one in (run, second):
+        assert one.state.before == pytest.approx(known.state.before, rel=0.05)
+        assert one.held_out_loss() == pytest.approx(known.held_out_loss(), rel=0.05)
 
 
 def test_there_may_be_no_checkpoint_or_a_damaged_one(original: Model, smaller: Model, tmp_path: Path) -> None:
