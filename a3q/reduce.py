@@ -111,10 +111,8 @@ def reduce(
     config = dataclasses.replace(model.config, qk_norm="heads") if normed_apart else model.config
     rounding = quantization or Quantization([{}] * model.config.num_hidden_layers)
     untouched = _untouched(model.config, dimensions, rounding)
-    run = _Run(
-        model, config, method, rounding, device, Room(memory_budget, device, folder), mlp_stays, healing, seed,
-        untouched,
-    )  # fmt: skip
+    task = _Task(model, config, method, rounding, mlp_stays, healing, seed, untouched)
+    run = _Run(task, device, Room(memory_budget, device, folder))
     left = ranks.alone(lambda: LayerStore(run.room.left, folder))
     store = LayerStore(run.room.left) if left is None else left
     top = run.begin(tokens, store)
@@ -178,50 +176,52 @@ def _again(run: _Run, store: LayerStore, i: int, shape: LayerShape, w: Layer) ->
     return known or dataclasses.replace(about, layer=to_device(layer, torch.device("cpu")))
 
 
+@dataclass(frozen=True)
+class _Task:
+    """What a pass over the layers is to do."""
+
+    model: Model
+    reduced_config: ModelConfig
+    """The model's, but for the way in which heads are normed; its layers have the sizes from before."""
+    method: Method
+    quantization: Quantization
+    mlp_stays: bool = False
+    healing: BlockLimit | None = None
+    seed: int = 0
+    untouched: int = 0
+    """Layers in front that stay as they are."""
+
+
 class _Run:
     """The hidden states of one pass over the layers, and what is done to each."""
 
-    def __init__(
-        self,
-        model: Model,
-        config: ModelConfig,
-        method: Method,
-        quantization: Quantization,
-        device: torch.device,
-        room: Room,
-        mlp_stays: bool,
-        healing: BlockLimit | None,
-        seed: int,
-        untouched: int,
-    ) -> None:
-        self.model, self.method, self.device, self.room = model, method, device, room
-        self.mlp_stays, self._seed, self._untouched = mlp_stays, seed, untouched
+    def __init__(self, task: _Task, device: torch.device, room: Room) -> None:
+        self.task, self.device, self.room = task, device, room
         # The last layer is trained twice.
-        trainings = model.config.num_hidden_layers - untouched + 1
-        self._healing = None if healing is None else Shares(healing, trainings)
+        trainings = task.model.config.num_hidden_layers - task.untouched + 1
+        self._healing = None if task.healing is None else Shares(task.healing, trainings)
         self._healing_notes: list[str] = []
-        self._reduced_config = config
-        self._quantization = quantization
-        self._dtype = compute_dtype(device, model.config.hidden_size)
+        self._dtype = compute_dtype(device, task.model.config.hidden_size)
 
     def begin(self, tokens: Tensor, store: LayerStore) -> Layer:
         """Embed this process's share of `tokens`; the weights outside the layers, rounded if they are the input's."""
-        model, config = self.model, self.model.config
+        model, config = self.task.model, self.task.model.config
         B, T = tokens.shape
         own = ranks.share(B)
         tokens, self._earlier = tokens[own], own.start
         self.batches = Batches(config, T, self.device)
         top = dict(model.top)
         reference = self._stream(config, model, tokens)
-        self._outside = LayerRounding(self._quantization.top, self._quantization.nearest, str(model.source.path))
-        if "embed" in self._quantization.top and not config.tie_word_embeddings:
+        rounding = self.task.quantization
+        self._outside = LayerRounding(rounding.top, rounding.nearest, str(model.source.path))
+        if "embed" in rounding.top and not config.tie_word_embeddings:
             # Tokens pick rows of it; all columns count the same.
             identity = torch.eye(config.hidden_size, device=self.device)
             self._round_top(top, "embed", lambda: identity, store)
         self._streams = None
         self._reference, self._fitted = reference, len(tokens)
-        if self.method.fitted:
-            reduced = self._stream(self._reduced_config, dataclasses.replace(model, top=top), tokens)
+        if self.task.method.fitted:
+            reduced = self._stream(self.task.reduced_config, dataclasses.replace(model, top=top), tokens)
             widest = config.num_attention_heads * config.widest.v_head_dim
             outputs, attended = (self.room.empty(len(tokens), T, n) for n in (config.hidden_size, widest))
             self._streams = Streams(reference, reduced, self.batches, self._dtype, own.start, outputs, attended)
@@ -245,23 +245,23 @@ class _Run:
 
     def layer(self, i: int, shape: LayerShape, target: Dimensions, w: Layer) -> Finished:
         """Layer `i` of weights `w` reduced to `target` and rounded; the hidden states move on through it."""
-        where = f"{self.model.source.path}: layer {i}"
-        rounding = LayerRounding(self._quantization.layers[i], self._quantization.nearest, where)
+        task, where = self.task, f"{self.task.model.source.path}: layer {i}"
+        rounding = LayerRounding(task.quantization.layers[i], task.quantization.nearest, where)
         try:
             if self._streams is None:
                 new, new_shape, loss = reduce_plainly(
-                    w, shape, target, self._reference, self.batches, self._earlier, self.method, where
+                    w, shape, target, self._reference, self.batches, self._earlier, task.method, where
                 )
-            elif i < self._untouched:
+            elif i < task.untouched:
                 fitted, rest = self._streams.split(self._fitted)
-                new, new_shape, loss = scaled(w, shape, fitted, where, self.mlp_stays), shape, LayerLosses()
+                new, new_shape, loss = scaled(w, shape, fitted, where, task.mlp_stays), shape, LayerLosses()
                 self._pass_rest(rest.reference, shape, w)
                 rest.reduced.x.copy_(rest.reference.x)
             else:
                 if self._healing is not None:
                     self._entry.copy_(self._streams.reduced.x)
                 fitted, rest = self._streams.split(self._fitted)
-                new, new_shape, loss = reduce_fitted(w, shape, target, fitted, self.method, rounding, self.mlp_stays)
+                new, new_shape, loss = reduce_fitted(w, shape, target, fitted, task.method, rounding, task.mlp_stays)
                 if self._healing is not None:
                     # The reduced stream follows when the layer is trained.
                     self._pass_rest(rest.reference, shape, w)
@@ -296,19 +296,20 @@ class _Run:
 
         The last layer then learns to predict what the original does.
         """
+        seed = self.task.seed + i
         entry, wanted, reduced = self._entry, streams.reference.x, streams.reduced
 
         def train(new: Layer, distance: Distance) -> tuple[Layer, BlockLoss]:
             with shares.next() as limit:
-                args = reduced.config, new_shape, new, entry, wanted, limit, self.device, streams.dtype, self._seed + i
-                healed, loss, notes = heal_block(*args, attention_only=self.mlp_stays, distance=distance)
+                args = reduced.config, new_shape, new, entry, wanted, limit, self.device, streams.dtype, seed
+                healed, loss, notes = heal_block(*args, attention_only=self.task.mlp_stays, distance=distance)
             self._healing_notes = notes or self._healing_notes
             return healed, loss
 
         new, loss = train(new, relative_distance)
         losses = dataclasses.replace(losses, before_healing=loss.before, after_healing=loss.after)
-        if i == self.model.config.num_hidden_layers - 1:
-            new, loss = train(new, PredictionDistance(self.model, self.device, streams.dtype))
+        if i == self.task.model.config.num_hidden_layers - 1:
+            new, loss = train(new, PredictionDistance(self.task.model, self.device, streams.dtype))
             losses = dataclasses.replace(losses, before_predictions=loss.before, after_predictions=loss.after)
         reduced.x.copy_(entry)
         pass_on(reduced, streams.batches, new_shape, lowered(new, streams.dtype))
@@ -316,7 +317,7 @@ class _Run:
 
     def pass_through(self, i: int, shape: LayerShape, w: Layer, new_shape: LayerShape, new: Layer) -> None:
         """Move the hidden states on through layer `i`, which was reduced before."""
-        if self._healing is not None and i >= self._untouched:
+        if self._healing is not None and i >= self.task.untouched:
             self._healing.pass_over()
         low = lowered(w, self._dtype)
         if self._streams is None:
@@ -324,20 +325,20 @@ class _Run:
             return
         for part in self._streams.split(self._fitted):
             pass_on(part.reference, self.batches, shape, low)
-        if i < self._untouched:
+        if i < self.task.untouched:
             self._streams.reduced.x.copy_(self._streams.reference.x)
             return
         pass_on(self._streams.reduced, self.batches, new_shape, lowered(new, self._dtype))
 
     def finish(self, top: Layer, store: LayerStore) -> dict[str, Blocks]:
         """Round the output weight for the states that reach it; tied, it is the embedding as well."""
-        role = "embed" if self.model.config.tie_word_embeddings else "output"
-        if self._streams is not None and role in self._quantization.top:
+        role = "embed" if self.task.model.config.tie_word_embeddings else "output"
+        if self._streams is not None and role in self.task.quantization.top:
             self._round_top(top, role, partial(self._output_moments, self._streams.reduced, top), store)
         return self._outside.blocks
 
     def _output_moments(self, stream: Stream, top: Layer) -> Tensor:
-        config, device = self.model.config, self.device
+        config, device = self.task.model.config, self.device
         inputs = InputMoments(config.hidden_size, device)
         last = to_device({name: weight for name, weight in top.items() if name.startswith("final_norm")}, device)
 
@@ -352,7 +353,7 @@ class _Run:
         known = store.top(role)
         if ranks.same_object(known is not None):
             known = Blocks.of(
-                ranks.same_object(None if known is None else known.grid) or self._quantization.top[role],
+                ranks.same_object(None if known is None else known.grid) or self.task.quantization.top[role],
                 ranks.same({} if known is None else known.tensors(), torch.device("cpu")),
             )
             self._outside.blocks[role], top[role] = known, known.dequantize()

@@ -16,7 +16,7 @@ from a3q.forward import compute_dtype, hidden_states, output_logits
 from a3q.model import Model
 from a3q.perplexity import compare
 from a3q.quantize import Quantization
-from a3q.reduce import Reduction, _Run, reduce
+from a3q.reduce import Reduction, _Run, _Task, reduce
 from a3q.reduce_layer import Dimensions
 from a3q.room import Room
 from a3q.sampling import sample
@@ -125,7 +125,7 @@ def test_memory_is_left_for_the_layers(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (total // 3, total))
     model = open_huggingface(write_model(tmp_path / "m", "gpt_neox"))
     nothing = Quantization([{}] * model.config.num_hidden_layers)
-    run = _Run(model, model.config, Method(), nothing, device, Room(1 << 30, device), False, None, 0, 0)
+    run = _Run(_Task(model, model.config, Method(), nothing), device, Room(1 << 30, device))
     run.begin(torch.zeros(4, 16, dtype=torch.int64), LayerStore(1 << 30))
     streams = run._streams
     assert streams is not None
