@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from a3q.batching import out_of_memory
 from a3q.forward import Attend, KeyValueCache, block, compute_dtype, embed, lowered, norm, only_causal, to_device
 from a3q.graphs import BEFORE, recording
-from a3q.model import Model
+from a3q.model import Model, ModelConfig
 from a3q.pieces import pieces
 from a3q.solve.gptq import kernels
 
@@ -176,7 +177,8 @@ def sample(
         ids.index_copy_(1, behind, chosen[:, None])
         position.add_(1)
 
-    attend = _kernel() if all(only_causal(config, shape, length) for shape in config.layers) else None
+    causal = all(only_causal(config, shape, length) for shape in config.layers)
+    attend = kernel(config, caches, position) if causal else None
     window = _WINDOW if attend is None else length
     # The last token is not read: nothing comes behind it.
     for start in range(P, length - 1, window):
@@ -188,12 +190,20 @@ def sample(
     return ids.cpu()
 
 
-def _kernel() -> Attend | None:
-    """Attention of a single position, where Triton can make it."""
+def kernel(config: ModelConfig, caches: Sequence[KeyValueCache], position: Tensor) -> Attend | None:
+    """Attention of a single position over what `caches` have, tried out; None where Triton cannot make it."""
     if kernels() is None:
         return None
     from a3q.decode_triton import attend
 
+    try:
+        for cache in caches:
+            B, groups, _, size = cache.keys.shape
+            attend(cache.keys.new_zeros(B, groups, config.queries_per_group, size), cache.keys, cache.values, position)
+    except Exception as error:  # whatever a compiler does, with heads that are too large for it, say
+        if out_of_memory(error):
+            raise
+        return None
     return attend
 
 

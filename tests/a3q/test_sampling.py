@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from a3q.forward import hidden_states, output_logits
+from a3q import sampling
+from a3q.forward import KeyValueCache, hidden_states, output_logits
 from a3q.model import Model
-from a3q.sampling import OPEN, Following, Given, _reached, pick, sample, shortest
+from a3q.sampling import OPEN, Following, Given, _reached, kernel, pick, sample, shortest
 from converters.hf_reader import open_huggingface
 from tests.pico import VOCAB, write_model
 from tests.reduced import reduced
@@ -202,6 +205,36 @@ def test_draws_follow_the_distribution(temperature: float, top_p: float, expecte
 def test_rows_are_drawn_independently() -> None:
     logits = torch.tensor([[0.0, 50.0, 0.0], [50.0, 0.0, 0.0], [0.0, 0.0, 50.0]])
     assert pick(logits, 1.0, 0.9, uniform(3)).tolist() == [1, 0, 2]
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError("out of resource: shared memory"), torch.OutOfMemoryError()])
+def test_attention_of_one_position_is_tried_out(
+    model: Model, monkeypatch: pytest.MonkeyPatch, error: Exception | None
+) -> None:
+    """On keys and values of every layer's size; where there is no kernel for them PyTorch's are left."""
+    config, tried = model.config, []
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, position: Tensor) -> Tensor:
+        tried.append((q.shape[1] * q.shape[2], q.shape[3], v.shape[3], k.shape[2], int(position)))
+        if error is not None:
+            raise error
+        return q
+
+    monkeypatch.setitem(sys.modules, "a3q.decode_triton", SimpleNamespace(attend=attend))
+    monkeypatch.setattr(sampling, "kernels", lambda: object())
+    caches = [KeyValueCache(config, shape, 2, LENGTH, CPU) for shape in config.layers]
+    start = torch.zeros(1, dtype=torch.int64)
+    if isinstance(error, torch.OutOfMemoryError):
+        with pytest.raises(torch.OutOfMemoryError):
+            kernel(config, caches, start)
+    elif error is not None:
+        assert kernel(config, caches, start) is None
+    else:
+        assert kernel(config, caches, start) is attend
+        heads = config.num_attention_heads
+        assert tried == [(heads, shape.qk_head_dim, shape.v_head_dim, LENGTH, 0) for shape in config.layers]
+    monkeypatch.setattr(sampling, "kernels", lambda: None)
+    assert kernel(config, caches, start) is None
 
 
 @pytest.mark.parametrize("count", [1, 255, 256, 257, 1000])
