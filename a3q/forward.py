@@ -136,8 +136,8 @@ class KeyValueCache:
         self.capacity = capacity
         self.start: int | Tensor = 0
         """Position that comes next; an int64 `[1]` after `follow`."""
-        self.attend: Attend | None = None
-        """What looks at `keys` and `values` as far as they go; else all that `append` returns is looked at."""
+        self.attend: Callable[[Tensor], Tensor] | None = None
+        """Attention of the position's queries to keys as far as they go; else to all that `append` returns."""
         self._seen = 0
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -161,7 +161,10 @@ class KeyValueCache:
             # Masked, but what is no number would come through a product with zero.
             self.keys[:, :, self.start :] = 0
             self.values[:, :, self.start :] = 0
-        self.start, self._seen, self.attend = start, seen, attend
+        self.start, self._seen = start, seen
+        # Of the tensors and not of the cache itself, which would stay until garbage is collected.
+        keys, values = self.keys, self.values
+        self.attend = None if attend is None else lambda queries: attend(queries, keys, values, start)
 
 
 def norm(config: ModelConfig, w: Layer, role: str, x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -241,22 +244,18 @@ def attention_inner(
     q, k = turn(q, v.dtype), turn(k, v.dtype)
     if cache is not None:
         k, v = cache.append(k, v)
+    attend = None if cache is None else cache.attend
+    bias = None if attend is not None else score_bias(config, shape, start, T, k.shape[2], x.device)
+    bias = None if bias is None else bias.to(v.dtype)
     if T == 1:
         # The queries that share a key head are as good as several positions, and no key is copied for them.
         groups, shared = config.num_key_value_heads, config.queries_per_group
         grouped = q.reshape(B, groups, shared, -1)
-        if cache is not None and cache.attend is not None and isinstance(start, Tensor):
-            o = cache.attend(grouped, cache.keys, cache.values, start)
-        else:
-            bias = score_bias(config, shape, start, T, k.shape[2], x.device)
-            bias = None if bias is None else bias.to(v.dtype)
-            if bias is not None and len(bias) > 1:
-                bias = bias.reshape(groups, shared, -1)
-            o = F.scaled_dot_product_attention(grouped, k, v, bias)
+        if bias is not None and len(bias) > 1:
+            bias = bias.reshape(groups, shared, -1)
+        o = F.scaled_dot_product_attention(grouped, k, v, bias) if attend is None else attend(grouped)
         o = o.reshape(B, config.num_attention_heads, 1, -1)
     else:
-        bias = score_bias(config, shape, start, T, k.shape[2], x.device)
-        bias = None if bias is None else bias.to(v.dtype)
         o = F.scaled_dot_product_attention(
             q,
             k,

@@ -16,7 +16,6 @@ from a3q.forward import Attend, KeyValueCache, block, compute_dtype, embed, lowe
 from a3q.graphs import BEFORE, recording
 from a3q.model import Model, ModelConfig
 from a3q.pieces import pieces
-from a3q.solve.gptq import kernels
 
 OPEN = -1
 """In prompts: what comes here is the model's to say. Only behind a prompt's end, where others are longer."""
@@ -192,15 +191,13 @@ def sample(
 
 def kernel(config: ModelConfig, caches: Sequence[KeyValueCache], position: Tensor) -> Attend | None:
     """Attention of a single position over what `caches` have, tried out; None where Triton cannot make it."""
-    if kernels() is None:
-        return None
-    from a3q.decode_triton import attend
-
     try:
+        from a3q.decode_triton import attend
+
         for cache in caches:
             B, groups, _, size = cache.keys.shape
             attend(cache.keys.new_zeros(B, groups, config.queries_per_group, size), cache.keys, cache.values, position)
-    except Exception as error:  # whatever a compiler does, with heads that are too large for it, say
+    except Exception as error:  # no Triton, or whatever it does without a compiler, or with heads too large for it
         if out_of_memory(error):
             raise
         return None

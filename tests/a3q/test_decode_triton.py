@@ -1,19 +1,15 @@
-"""Attention of one position in a Triton kernel against PyTorch's: interpreted, and compiled where there is a GPU.
-
-Triton decides on its import whether it interprets, so that runs in a process of its own.
-"""
+"""Attention of one position in a Triton kernel against PyTorch's: interpreted, and compiled where there is a GPU."""
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from tests.interpreter import interpreted
 
 pytest.importorskip("triton")
 
@@ -68,14 +64,7 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     where, dtype = request.param
     if where == "cuda":
         return run(where, dtype)
-    path = tmp_path_factory.mktemp("triton") / "results.pt"
-    subprocess.run(
-        [sys.executable, "-m", "tests.a3q.test_decode_triton", path],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        cwd=Path(__file__).parents[2],
-        check=True,
-    )
-    found: list[Tensor] = torch.load(path)
+    found: list[Tensor] = interpreted("tests.a3q.test_decode_triton", tmp_path_factory.mktemp("triton") / "results.pt")
     return found
 
 

@@ -1,14 +1,8 @@
-"""The Triton kernels against PyTorch: in Triton's interpreter, and compiled where there is a GPU.
-
-Triton decides on its import whether it interprets, so that runs in a process of its own.
-"""
+"""The Triton kernels against PyTorch: in Triton's interpreter, and compiled where there is a GPU."""
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +15,7 @@ from a3q.solve.grid import GRIDS, Grid
 from a3q.solve.scales import Rounding, Scales, codes, levels
 from tests.a3q.test_solve_gptq import loss, problem
 from tests.a3q.test_solve_grid import ALL, EVERY, called
+from tests.interpreter import interpreted
 
 pytest.importorskip("triton")
 
@@ -74,14 +69,7 @@ def run(device: str) -> Results:
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Results:
     if request.param == "cuda":
         return run("cuda")
-    path = tmp_path_factory.mktemp("triton") / "results.pt"
-    subprocess.run(
-        [sys.executable, "-m", "tests.a3q.test_gptq_triton", path],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        cwd=Path(__file__).parents[2],
-        check=True,
-    )
-    found: Results = torch.load(path, weights_only=False)
+    found: Results = interpreted("tests.a3q.test_gptq_triton", tmp_path_factory.mktemp("triton") / "results.pt")
     return found
 
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from a3q import sampling
 from a3q.forward import KeyValueCache, hidden_states, output_logits
 from a3q.model import Model
 from a3q.sampling import OPEN, Following, Given, _reached, kernel, pick, sample, shortest
@@ -221,7 +220,6 @@ def test_attention_of_one_position_is_tried_out(
         return q
 
     monkeypatch.setitem(sys.modules, "a3q.decode_triton", SimpleNamespace(attend=attend))
-    monkeypatch.setattr(sampling, "kernels", lambda: object())
     caches = [KeyValueCache(config, shape, 2, LENGTH, CPU) for shape in config.layers]
     start = torch.zeros(1, dtype=torch.int64)
     if isinstance(error, torch.OutOfMemoryError):
@@ -233,7 +231,7 @@ def test_attention_of_one_position_is_tried_out(
         assert kernel(config, caches, start) is attend
         heads = config.num_attention_heads
         assert tried == [(heads, shape.qk_head_dim, shape.v_head_dim, LENGTH, 0) for shape in config.layers]
-    monkeypatch.setattr(sampling, "kernels", lambda: None)
+    monkeypatch.setitem(sys.modules, "a3q.decode_triton", None)
     assert kernel(config, caches, start) is None
 
 
